@@ -1,0 +1,392 @@
+//! Matrix products. The only file that names a GEMM crate.
+//!
+//! f32 goes to the kernels of the `gemm` project in the default build (AVX-512 where the processor has
+//! it), to `matrixmultiply` in the lean one; f64, which gradients are checked in, to `matrixmultiply`
+//! in both. Both walk k in blocks that follow from the shape alone, and
+//! threads only share out whole tiles of the result: the same call gives the same bits on any
+//! number of threads.
+
+use crate::cpu::Float;
+
+/// A matrix within a slice: element (i, j) at `offset + i·row + j·col`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mat<'a, T> {
+    pub(crate) data: &'a [T],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row: usize,
+    pub(crate) col: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// A matrix whose rows lie one after another.
+    pub(crate) fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Mat { data, rows, cols, row: cols, col: 1 }
+    }
+
+    /// The transpose.
+    pub(crate) fn t(self) -> Self {
+        Mat { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
+    }
+
+    /// Columns `from..from + n`.
+    pub(crate) fn columns(self, from: usize, n: usize) -> Self {
+        assert!(from + n <= self.cols);
+        let data = if self.rows == 0 || n == 0 { &[] } else { &self.data[from * self.col..] };
+        Mat { data, cols: n, ..self }
+    }
+
+    /// Rows `from..from + n`.
+    pub(crate) fn rows(self, from: usize, n: usize) -> Self {
+        self.t().columns(from, n).t()
+    }
+}
+
+/// A matrix that is written to.
+#[derive(Debug)]
+pub(crate) struct MatMut<'a, T> {
+    pub(crate) data: &'a mut [T],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row: usize,
+    pub(crate) col: usize,
+}
+
+impl<'a, T> MatMut<'a, T> {
+    /// A matrix whose rows lie one after another.
+    pub(crate) fn new(data: &'a mut [T], rows: usize, cols: usize) -> Self {
+        MatMut { data, rows, cols, row: cols, col: 1 }
+    }
+
+    /// The transpose.
+    pub(crate) fn t(self) -> Self {
+        MatMut { rows: self.cols, cols: self.rows, row: self.col, col: self.row, data: self.data }
+    }
+
+    /// Columns `from..from + n`.
+    pub(crate) fn columns(self, from: usize, n: usize) -> Self {
+        assert!(from + n <= self.cols);
+        let data = if self.rows == 0 || n == 0 { &mut [] } else { &mut self.data[from * self.col..] };
+        MatMut { data, cols: n, rows: self.rows, row: self.row, col: self.col }
+    }
+
+    /// Rows `from..from + n`.
+    pub(crate) fn rows(self, from: usize, n: usize) -> Self {
+        self.t().columns(from, n).t()
+    }
+}
+
+/// Who works on one product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The calling thread: for products that run beside each other.
+    One,
+    /// The caller's rayon pool.
+    Pool,
+}
+
+/// Multiplications that a product shared by several threads has at least: about 0.1 ms of work.
+const SHARED: usize = 1 << 22;
+
+/// c ← alpha·a·b + beta·c, with a (m×k), b (k×n), c (m×n). Where beta is 0, c is not read. Strides
+/// of a and b may be 0.
+pub(crate) fn gemm<T: Float>(
+    alpha: T,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    beta: T,
+    c: MatMut<'_, T>,
+    threads: Threads,
+) {
+    assert_eq!((a.rows, b.cols, a.cols), (c.rows, c.cols, b.rows), "product of matrices that do not fit");
+    let (m, n, k) = (c.rows, c.cols, a.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * c.row + (n - 1) * c.col < c.data.len(), "result outside of its slice");
+    assert!(m == 1 || n == 1 || c.row >= n * c.col || c.col >= m * c.row, "result overlaps itself");
+    if k == 0 || alpha == T::ZERO {
+        return scale(beta, c);
+    }
+    assert!((m - 1) * a.row + (k - 1) * a.col < a.data.len(), "left factor outside of its slice");
+    assert!((k - 1) * b.row + (n - 1) * b.col < b.data.len(), "right factor outside of its slice");
+    // Small products are over before another thread has woken up. The bits are the same either way.
+    let threads = if m * n * k < SHARED { Threads::One } else { threads };
+    // SAFETY: the assertions above are the contract: every element that the strides reach lies in
+    // its slice, and no two elements of c are the same.
+    unsafe { T::gemm(alpha, a, b, beta, c, threads) }
+}
+
+/// c ← beta·c.
+fn scale<T: Float>(beta: T, c: MatMut<'_, T>) {
+    for i in 0..c.rows {
+        for j in 0..c.cols {
+            let at = &mut c.data[i * c.row + j * c.col];
+            *at = if beta == T::ZERO { T::ZERO } else { *at * beta };
+        }
+    }
+}
+
+/// The product for one element type.
+pub(crate) trait Gemm: Copy {
+    /// # Safety
+    /// Every element that the strides reach must lie in its slice, the elements of c must be
+    /// distinct, and no dimension may be 0.
+    unsafe fn gemm(
+        alpha: Self,
+        a: Mat<'_, Self>,
+        b: Mat<'_, Self>,
+        beta: Self,
+        c: MatMut<'_, Self>,
+        threads: Threads,
+    );
+}
+
+#[cfg(feature = "fast")]
+impl Gemm for f32 {
+    unsafe fn gemm(
+        alpha: f32,
+        a: Mat<'_, f32>,
+        b: Mat<'_, f32>,
+        beta: f32,
+        c: MatMut<'_, f32>,
+        threads: Threads,
+    ) {
+        // The kernels want the result's rows next to each other: compute cᵀ = bᵀ·aᵀ otherwise.
+        let (a, b, c) = if c.col < c.row { (b.t(), a.t(), c.t()) } else { (a, b, c) };
+        let parallelism = match threads {
+            Threads::One => gemm_common::Parallelism::None,
+            Threads::Pool => gemm_common::Parallelism::Rayon(0),
+        };
+        // SAFETY: passed on to the caller. Mind that this crate calls the factor of c alpha, that
+        // of a·b beta, and gives column strides before row strides.
+        unsafe {
+            gemm_f32::gemm::f32::get_gemm_fn()(
+                c.rows,
+                c.cols,
+                a.cols,
+                c.data.as_mut_ptr(),
+                c.col as isize,
+                c.row as isize,
+                beta != 0.0,
+                a.data.as_ptr(),
+                a.col as isize,
+                a.row as isize,
+                b.data.as_ptr(),
+                b.col as isize,
+                b.row as isize,
+                beta,
+                alpha,
+                false,
+                false,
+                false,
+                parallelism,
+            )
+        }
+    }
+}
+
+/// `matrixmultiply`, one thread per tile of the result.
+mod lean {
+    use super::{Mat, MatMut, Threads};
+    use rayon::prelude::*;
+
+    /// Rows or columns of the result in a tile. Constant, so that the bits do not depend on the
+    /// number of threads; each tile packs its factors again, which 256 make a small part.
+    const TILE: usize = 256;
+
+    /// A pointer that tiles on several threads write disjoint parts through.
+    #[derive(Clone, Copy)]
+    struct Shared<T>(*mut T);
+    // SAFETY: each tile writes elements of c that no other tile touches.
+    unsafe impl<T> Sync for Shared<T> {}
+    // SAFETY: as above.
+    unsafe impl<T> Send for Shared<T> {}
+
+    impl<T> Shared<T> {
+        /// A method, so that closures capture the wrapper and not the bare pointer.
+        fn get(self) -> *mut T {
+            self.0
+        }
+    }
+
+    macro_rules! lean {
+        ($name:ident, $T:ty, $kernel:path) => {
+            /// # Safety
+            /// That of [`super::Gemm::gemm`].
+            pub(super) unsafe fn $name(
+                alpha: $T,
+                a: Mat<'_, $T>,
+                b: Mat<'_, $T>,
+                beta: $T,
+                c: MatMut<'_, $T>,
+                threads: Threads,
+            ) {
+                let (m, n, k) = (c.rows, c.cols, a.cols);
+                let (c_row, c_col, out) = (c.row, c.col, Shared(c.data.as_mut_ptr()));
+                let by_rows = m >= n;
+                let tile = |i: usize| {
+                    let from = i * TILE;
+                    let (a, b, at, m, n) = if by_rows {
+                        (a.rows(from, TILE.min(m - from)), b, from * c_row, TILE.min(m - from), n)
+                    } else {
+                        (a, b.columns(from, TILE.min(n - from)), from * c_col, m, TILE.min(n - from))
+                    };
+                    // SAFETY: the tile lies within what the caller vouches for.
+                    unsafe {
+                        $kernel(
+                            m,
+                            k,
+                            n,
+                            alpha,
+                            a.data.as_ptr(),
+                            a.row as isize,
+                            a.col as isize,
+                            b.data.as_ptr(),
+                            b.row as isize,
+                            b.col as isize,
+                            beta,
+                            out.get().add(at),
+                            c_row as isize,
+                            c_col as isize,
+                        )
+                    }
+                };
+                let tiles = m.max(n).div_ceil(TILE);
+                match threads {
+                    Threads::Pool if tiles > 1 => (0..tiles).into_par_iter().for_each(tile),
+                    _ => (0..tiles).for_each(tile),
+                }
+            }
+        };
+    }
+    #[cfg(any(test, not(feature = "fast")))]
+    lean!(sgemm, f32, matrixmultiply::sgemm);
+    lean!(dgemm, f64, matrixmultiply::dgemm);
+}
+
+#[cfg(not(feature = "fast"))]
+impl Gemm for f32 {
+    unsafe fn gemm(
+        alpha: f32,
+        a: Mat<'_, f32>,
+        b: Mat<'_, f32>,
+        beta: f32,
+        c: MatMut<'_, f32>,
+        threads: Threads,
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe { lean::sgemm(alpha, a, b, beta, c, threads) }
+    }
+}
+
+impl Gemm for f64 {
+    unsafe fn gemm(
+        alpha: f64,
+        a: Mat<'_, f64>,
+        b: Mat<'_, f64>,
+        beta: f64,
+        c: MatMut<'_, f64>,
+        threads: Threads,
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe { lean::dgemm(alpha, a, b, beta, c, threads) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn random(len: usize, seed: u64) -> Vec<f64> {
+        let next = |i: usize| (i as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        (0..len).map(|i| next(i + 1) as f64 / (1u64 << 23) as f64 - 1.0).collect()
+    }
+
+    /// The slow twin.
+    fn naive(alpha: f64, a: Mat<'_, f64>, b: Mat<'_, f64>, beta: f64, c: MatMut<'_, f64>) {
+        for i in 0..c.rows {
+            for j in 0..c.cols {
+                let dot: f64 =
+                    (0..a.cols).map(|k| a.data[i * a.row + k * a.col] * b.data[k * b.row + j * b.col]).sum();
+                let at = &mut c.data[i * c.row + j * c.col];
+                *at = alpha * dot + if beta == 0.0 { 0.0 } else { beta * *at };
+            }
+        }
+    }
+
+    fn size() -> impl Strategy<Value = usize> {
+        prop_oneof![0usize..20, Just(64), 100usize..300]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn equals_the_slow_twin(
+            (m, n, k) in (size(), size(), size()),
+            (ta, tb, tc) in any::<(bool, bool, bool)>(),
+            pad in 0usize..3,
+            beta in prop_oneof![Just(0.0), Just(1.0), Just(-0.5)],
+            pool in any::<bool>(),
+        ) {
+            let mat = |rows: usize, cols: usize, t: bool| if t { (cols, rows) } else { (rows, cols) };
+            let ((ar, ac), (br, bc), (cr, cc)) = (mat(m, k, ta), mat(k, n, tb), mat(m, n, tc));
+            let (a, b) = (random(ar * (ac + pad), 1), random(br * (bc + pad), 2));
+            let view = |data, rows, cols, t: bool| {
+                let m = Mat { data, rows, cols, row: cols + pad, col: 1 };
+                if t { m.t() } else { m }
+            };
+            fn out(data: &mut [f64], (rows, cols, pad, t): (usize, usize, usize, bool)) -> MatMut<'_, f64> {
+                let m = MatMut { data, rows, cols, row: cols + pad, col: 1 };
+                if t { m.t() } else { m }
+            }
+            let form = (cr, cc, pad, tc);
+            let start = random(cr * (cc + pad), 3);
+            let (mut want, mut got, mut got_lean) = (start.clone(), start.clone(), start.clone());
+            let (a, b) = (view(&a[..], ar, ac, ta), view(&b[..], br, bc, tb));
+            let threads = if pool { Threads::Pool } else { Threads::One };
+            naive(0.7, a, b, beta, out(&mut want, form));
+            gemm(0.7, a, b, beta, out(&mut got, form), threads);
+            for (g, w) in got.iter().zip(&want) {
+                prop_assert!((g - w).abs() < 1e-12 * (k as f64 + 1.0), "{g} {w}");
+            }
+            if m * n * k > 0 {
+                // SAFETY: the same matrices that `gemm` has just accepted.
+                unsafe { lean::dgemm(0.7, a, b, beta, out(&mut got_lean, form), threads) };
+                for (g, w) in got_lean.iter().zip(&want) {
+                    prop_assert!((g - w).abs() < 1e-12 * (k as f64 + 1.0), "{g} {w}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn single_precision_too() {
+        let (m, n, k) = (70, 45, 130);
+        let (a, b) = (random(m * k, 5), random(k * n, 6));
+        let mut want = vec![0.0; m * n];
+        naive(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, MatMut::new(&mut want, m, n));
+        let narrow = |v: &[f64]| v.iter().map(|&x| x as f32).collect::<Vec<_>>();
+        let (a, b) = (narrow(&a), narrow(&b));
+        let (mut got, mut got_lean) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+        gemm(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, MatMut::new(&mut got, m, n), Threads::Pool);
+        let (a, b, c) =
+            (Mat::new(&a[..], m, k), Mat::new(&b[..], k, n), MatMut::new(&mut got_lean[..], m, n));
+        // SAFETY: three dense matrices of the sizes given.
+        unsafe { lean::sgemm(1.0, a, b, 0.0, c, Threads::Pool) };
+        for ((g, l), w) in got.iter().zip(&got_lean).zip(&want) {
+            assert!((*g as f64 - w).abs() < 1e-4 && (*l as f64 - w).abs() < 1e-4);
+        }
+    }
+
+    #[test]
+    fn nothing_to_sum_leaves_beta_c() {
+        let mut c = vec![2.0f32; 6];
+        gemm(1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), 0.5, MatMut::new(&mut c, 2, 3), Threads::One);
+        assert_eq!(c, [1.0; 6]);
+        let mut c = vec![f32::NAN; 6];
+        gemm(1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), 0.0, MatMut::new(&mut c, 2, 3), Threads::One);
+        assert_eq!(c, [0.0; 6]);
+    }
+}

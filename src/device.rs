@@ -1,0 +1,298 @@
+//! Where tensors live, and what belongs to that place: memory kept for reuse, and counters.
+//!
+//! Nothing here is global: two devices share nothing, and dropping the last tensor and handle of
+//! one gives everything back.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::dtype::{BF16, Element, F16};
+use crate::error::{Error, Result};
+
+/// Where tensors live and computations run.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Device {
+    /// The processor, working in the caller's rayon pool.
+    Cpu(Arc<CpuDevice>),
+}
+
+impl Device {
+    /// A new CPU device with its own pool of memory.
+    ///
+    /// ```
+    /// let device = randlora::Device::cpu();
+    /// assert_eq!(device.memory().live_bytes, 0);
+    /// ```
+    pub fn cpu() -> Device {
+        Device::Cpu(Arc::new(CpuDevice::default()))
+    }
+
+    /// What the device holds now and has held at most.
+    pub fn memory(&self) -> Memory {
+        let Device::Cpu(cpu) = self;
+        Memory {
+            live_bytes: cpu.live.load(Relaxed),
+            peak_bytes: cpu.peak.load(Relaxed),
+            scratch_peak_bytes: cpu.scratch_peak.load(Relaxed),
+            kept_bytes: cpu.kept.load(Relaxed),
+        }
+    }
+
+    /// Starts the peaks of [`Device::memory`] over from what is held now.
+    pub fn reset_peaks(&self) {
+        let Device::Cpu(cpu) = self;
+        cpu.peak.store(cpu.live.load(Relaxed), Relaxed);
+        cpu.scratch_peak.store(cpu.scratch.load(Relaxed), Relaxed);
+    }
+
+    /// Gives memory that is kept for reuse back to the system.
+    pub fn trim(&self) {
+        let Device::Cpu(cpu) = self;
+        cpu.evict(usize::MAX);
+    }
+
+    /// How many graph nodes have been made here so far. Evaluation makes none.
+    pub fn nodes_made(&self) -> usize {
+        let Device::Cpu(cpu) = self;
+        cpu.nodes.load(Relaxed)
+    }
+
+    pub(crate) fn count_node(&self) {
+        let Device::Cpu(cpu) = self;
+        cpu.nodes.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn host(&self) -> &Arc<CpuDevice> {
+        let Device::Cpu(cpu) = self;
+        cpu
+    }
+}
+
+/// A device's use of memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Held by tensors and by operations that are running.
+    pub live_bytes: usize,
+    /// The most that was live at one time.
+    pub peak_bytes: usize,
+    /// The most that operations held for themselves at one time, beyond their results.
+    pub scratch_peak_bytes: usize,
+    /// Free, but kept for the next tensor; gives way to what must be made fresh.
+    pub kept_bytes: usize,
+}
+
+/// The processor as a device: free buffers kept for reuse, and counters.
+///
+/// Fresh pages cost a fault each; a training step that reuses the buffers of the step before is
+/// spared them.
+#[derive(Debug, Default)]
+pub struct CpuDevice {
+    f32: Mutex<Pool<f32>>,
+    f64: Mutex<Pool<f64>>,
+    live: AtomicUsize,
+    peak: AtomicUsize,
+    scratch: AtomicUsize,
+    scratch_peak: AtomicUsize,
+    kept: AtomicUsize,
+    nodes: AtomicUsize,
+}
+
+/// Free buffers by capacity.
+type Pool<T> = BTreeMap<usize, Vec<Vec<T>>>;
+
+fn lock<T>(pool: &Mutex<Pool<T>>) -> std::sync::MutexGuard<'_, Pool<T>> {
+    // A pool is whole between any two of its operations, so a panic elsewhere has not harmed it.
+    pool.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An element whose buffers a device keeps for reuse.
+pub(crate) trait Pooled: Element {
+    fn pool(device: &CpuDevice) -> Option<&Mutex<Pool<Self>>>;
+}
+
+impl Pooled for f32 {
+    fn pool(device: &CpuDevice) -> Option<&Mutex<Pool<f32>>> {
+        Some(&device.f32)
+    }
+}
+impl Pooled for f64 {
+    fn pool(device: &CpuDevice) -> Option<&Mutex<Pool<f64>>> {
+        Some(&device.f64)
+    }
+}
+// Frozen weights are made once and kept: nothing to reuse.
+impl Pooled for BF16 {
+    fn pool(_: &CpuDevice) -> Option<&Mutex<Pool<BF16>>> {
+        None
+    }
+}
+impl Pooled for F16 {
+    fn pool(_: &CpuDevice) -> Option<&Mutex<Pool<F16>>> {
+        None
+    }
+}
+
+/// Below this many elements the allocator is faster than a pool behind a lock.
+const POOLED_LEN: usize = 2048;
+
+impl CpuDevice {
+    /// A buffer for a tensor. What it contains is unspecified: the caller overwrites all of it.
+    pub(crate) fn buffer<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
+        self.take(len, false)
+    }
+
+    /// A buffer that an operation uses for itself while it runs.
+    pub(crate) fn scratch<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
+        self.take(len, true)
+    }
+
+    fn take<T: Pooled>(self: &Arc<Self>, len: usize, scratch: bool) -> Result<Buffer<T>> {
+        let data = match self.reuse::<T>(len) {
+            Some(data) => data,
+            None => {
+                // Reuse must not make a program larger than it would be without: what is fresh
+                // takes the place of what is kept.
+                self.evict(len.saturating_mul(size_of::<T>()));
+                fresh(len)?
+            }
+        };
+        Ok(self.adopt(data, scratch))
+    }
+
+    /// Lets go of about so many bytes of what is kept, if there are as many.
+    fn evict(&self, bytes: usize) {
+        let left = bytes.saturating_sub(self.evict_from::<f32>(bytes));
+        self.evict_from::<f64>(left);
+    }
+
+    fn evict_from<T: Pooled>(&self, bytes: usize) -> usize {
+        let Some(pool) = T::pool(self) else { return 0 };
+        let (mut pool, mut freed) = (lock(pool), 0);
+        while freed < bytes {
+            let Some(mut stack) = pool.first_entry() else { break };
+            match stack.get_mut().pop() {
+                Some(data) => freed += data.capacity() * size_of::<T>(),
+                None => drop(stack.remove()),
+            }
+        }
+        self.kept.fetch_sub(freed, Relaxed);
+        freed
+    }
+
+    /// Counts a vector as this device's.
+    pub(crate) fn adopt<T: Pooled>(self: &Arc<Self>, data: Vec<T>, scratch: bool) -> Buffer<T> {
+        let bytes = size_of_val(&data[..]);
+        raise(&self.live, &self.peak, bytes);
+        if scratch {
+            raise(&self.scratch, &self.scratch_peak, bytes);
+        }
+        Buffer { data, device: self.clone(), scratch }
+    }
+
+    fn reuse<T: Pooled>(&self, len: usize) -> Option<Vec<T>> {
+        if len < POOLED_LEN {
+            return None;
+        }
+        let mut pool = lock(T::pool(self)?);
+        let (&capacity, stack) = pool.range_mut(len..=len + len / 4).next()?;
+        let mut data = stack.pop()?;
+        if stack.is_empty() {
+            pool.remove(&capacity);
+        }
+        self.kept.fetch_sub(capacity * size_of::<T>(), Relaxed);
+        drop(pool);
+        data.resize(len, T::default());
+        Some(data)
+    }
+
+    fn release<T: Pooled>(&self, data: Vec<T>, scratch: bool) {
+        let bytes = size_of_val(&data[..]);
+        let live = self.live.fetch_sub(bytes, Relaxed) - bytes;
+        if scratch {
+            self.scratch.fetch_sub(bytes, Relaxed);
+        }
+        if data.len() < POOLED_LEN {
+            return;
+        }
+        let Some(pool) = T::pool(self) else { return };
+        let capacity = data.capacity() * size_of::<T>();
+        let mut pool = lock(pool);
+        // No more is kept than was in use at one time.
+        if self.kept.load(Relaxed) + capacity + live <= self.peak.load(Relaxed) {
+            self.kept.fetch_add(capacity, Relaxed);
+            pool.entry(data.capacity()).or_default().push(data);
+        }
+    }
+}
+
+fn raise(now: &AtomicUsize, peak: &AtomicUsize, bytes: usize) {
+    let total = now.fetch_add(bytes, Relaxed) + bytes;
+    peak.fetch_max(total, Relaxed);
+}
+
+/// `len` zeros, or an error where the allocator has no memory for them.
+pub(crate) fn fresh<T: Element>(len: usize) -> Result<Vec<T>> {
+    let mut probe = Vec::<T>::new();
+    if probe.try_reserve_exact(len).is_err() {
+        return Err(Error::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) });
+    }
+    // Not filled in place: asked for zeros, the system gives pages that need no clearing.
+    drop(probe);
+    Ok(vec![T::default(); len])
+}
+
+/// A vector that goes back to its device when dropped.
+#[derive(Debug)]
+pub(crate) struct Buffer<T: Pooled> {
+    data: Vec<T>,
+    device: Arc<CpuDevice>,
+    scratch: bool,
+}
+
+impl<T: Pooled> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        self.device.release(std::mem::take(&mut self.data), self.scratch);
+    }
+}
+
+impl<T: Pooled> std::ops::Deref for Buffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.data
+    }
+}
+
+impl<T: Pooled> std::ops::DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.data
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_counted_and_reused() {
+        let device = Device::cpu();
+        let first = device.host().buffer::<f32>(10_000).unwrap();
+        assert_eq!(device.memory().live_bytes, 40_000);
+        let place = first.as_ptr();
+        drop(first);
+        assert_eq!((device.memory().live_bytes, device.memory().kept_bytes), (0, 40_000));
+        let second = device.host().buffer::<f32>(9_000).unwrap();
+        assert_eq!((second.as_ptr(), second.len()), (place, 9_000));
+        assert_eq!(device.memory().kept_bytes, 0);
+        drop(second);
+        device.trim();
+        assert_eq!(device.memory().kept_bytes, 0);
+    }
+
+    #[test]
+    fn too_much_is_an_error() {
+        let device = Device::cpu();
+        assert!(matches!(device.host().buffer::<f64>(usize::MAX / 16), Err(Error::OutOfMemory { .. })));
+    }
+}

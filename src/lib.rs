@@ -1,0 +1,28 @@
+//! `randlora`: a tensor engine written from scratch, in which RandLoRA, full-rank parameter-efficient
+//! fine-tuning, is one operation.
+
+#![warn(missing_docs)]
+
+mod compute;
+mod cpu;
+mod device;
+mod dtype;
+mod error;
+mod grad;
+pub mod gradcheck;
+pub mod nn;
+mod ops;
+mod random;
+mod shape;
+mod storage;
+mod tensor;
+
+pub use device::{CpuDevice, Device, Memory};
+pub use dtype::{BF16, DType, Element, F16};
+pub use error::{Error, Result};
+pub use grad::{Gradients, Leaf, Op, Saves, apply};
+pub use ops::attention::AttentionOptions;
+pub use ops::dropout::DropoutKey;
+pub use ops::index::Ids;
+pub use shape::{IntoShape, Layout, MAX_RANK, Shape};
+pub use tensor::Tensor;

@@ -1,0 +1,299 @@
+//! Linear layers, and the hook by which adapters change them.
+
+use std::fmt::Debug;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::nn::{Context, Init, Item, ItemMut, Module, Parameter, join};
+use crate::tensor::Tensor;
+
+/// What changes a frozen linear layer. It gives the whole layer's output, so that it can fuse its
+/// update with the frozen product.
+pub trait LinearAdapter: Debug + Send + Sync {
+    /// The name of the method, as in `randlora`; its parameters' names begin with it.
+    fn method(&self) -> &'static str;
+
+    /// The layer's output: x (…, in) to (…, out), for the layer's weight (out, in) and bias (out).
+    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor>;
+
+    /// The adapter's own parameters with their names, always in the same order.
+    fn parameters(&self) -> Vec<(&'static str, &Parameter)>;
+
+    /// The same parameters, to be changed.
+    fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Parameter)>;
+
+    /// The change of the weight as a dense matrix (out, in): for merging and analysis, never in
+    /// training.
+    fn delta(&self) -> Result<Tensor>;
+
+    /// What the adapter adds to the loss, a single number.
+    fn regulariser(&self, _ctx: &Context) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// Called when the optimiser has made step `step` (0 is the first).
+    fn after_step(&mut self, _step: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// y = x·Wᵀ + b: x (…, in), W (out, in), b (out), y (…, out); or what an adapter makes of it.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Parameter,
+    bias: Option<Parameter>,
+    adapter: Option<Box<dyn LinearAdapter>>,
+}
+
+impl Linear {
+    /// A layer with this weight (out, in) and bias (out).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where they do not fit together.
+    pub fn new(weight: Parameter, bias: Option<Parameter>) -> Result<Linear> {
+        let fits = match (weight.value().dims(), &bias) {
+            (&[out, _], Some(bias)) => bias.value().dims() == [out],
+            (&[_, _], None) => true,
+            _ => false,
+        };
+        if !fits {
+            let bias = bias.map_or(String::new(), |b| format!(", the bias {}", b.value().shape()));
+            let message =
+                format!("the weight is {}{bias}: (out, in) and (out) are needed", weight.value().shape());
+            return Err(Error::shape("linear", message));
+        }
+        Ok(Linear { weight, bias, adapter: None })
+    }
+
+    /// A layer with a normal weight of variance 1/inputs, which keeps the size of what goes through
+    /// it, and a bias of 0.
+    pub fn init(init: &Init, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
+        let std = 1.0 / (inputs.max(1) as f64).sqrt();
+        let weight = Parameter::new(init.normal("weight", [outputs, inputs], std)?);
+        let bias = bias.then(|| init.constant([outputs], 0.0)).transpose()?;
+        Linear::new(weight, bias.map(Parameter::new))
+    }
+
+    /// The layer's output.
+    pub fn forward(&self, x: &Tensor, ctx: &Context) -> Result<Tensor> {
+        let (weight, bias) = (self.weight.tensor(ctx), self.bias.as_ref().map(|b| b.tensor(ctx)));
+        match &self.adapter {
+            Some(adapter) => adapter.forward(x, &weight, bias.as_ref(), ctx),
+            None => x.linear(&weight, bias.as_ref()),
+        }
+    }
+
+    /// The size of an input row.
+    pub fn inputs(&self) -> usize {
+        self.weight.value().dims()[1]
+    }
+
+    /// The size of an output row.
+    pub fn outputs(&self) -> usize {
+        self.weight.value().dims()[0]
+    }
+
+    /// The weight (out, in), without what an adapter adds.
+    pub fn weight(&self) -> &Parameter {
+        &self.weight
+    }
+
+    /// The bias (out).
+    pub fn bias(&self) -> Option<&Parameter> {
+        self.bias.as_ref()
+    }
+
+    /// The adapter.
+    pub fn adapter(&self) -> Option<&dyn LinearAdapter> {
+        self.adapter.as_deref()
+    }
+
+    /// The adapter, to be changed.
+    pub fn adapter_mut(&mut self) -> Option<&mut (dyn LinearAdapter + 'static)> {
+        self.adapter.as_deref_mut()
+    }
+
+    /// Puts an adapter on the layer. It does not freeze the layer's own parameters: who attaches
+    /// adapters to a model freezes the model first.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the layer has an adapter.
+    pub fn attach(&mut self, adapter: Box<dyn LinearAdapter>) -> Result<()> {
+        if let Some(old) = &self.adapter {
+            let message = format!("the layer has one ({}): merge or detach it first", old.method());
+            return Err(Error::config("adapter", message));
+        }
+        self.adapter = Some(adapter);
+        Ok(())
+    }
+
+    /// Takes the adapter off: the layer is what it was before.
+    pub fn detach(&mut self) -> Option<Box<dyn LinearAdapter>> {
+        self.adapter.take()
+    }
+
+    /// Adds the adapter's change to the weight and takes the adapter off: the layer gives the same
+    /// output (up to rounding) and the adapter costs nothing any more.
+    pub fn merge(&mut self) -> Result<Option<Box<dyn LinearAdapter>>> {
+        if let Some(adapter) = &self.adapter {
+            let (weight, dtype) = (self.weight.value(), self.weight.value().dtype());
+            // Narrow weights are widened for the sum and rounded once.
+            let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            let sum = weight.to_dtype(wide)?.add(&adapter.delta()?.detach().to_dtype(wide)?)?;
+            self.weight.set(sum.to_dtype(dtype)?)?;
+        }
+        Ok(self.adapter.take())
+    }
+}
+
+impl Module for Linear {
+    fn visit<'a>(&'a self, path: &str, f: &mut dyn FnMut(&str, Item<'a>)) {
+        f(path, Item::Linear(self));
+        self.weight.visit(&join(path, "weight"), f);
+        self.bias.visit(&join(path, "bias"), f);
+        if let Some(adapter) = &self.adapter {
+            let path = join(path, adapter.method());
+            adapter.parameters().into_iter().for_each(|(name, p)| p.visit(&join(&path, name), f));
+        }
+    }
+
+    fn visit_mut(&mut self, path: &str, f: &mut dyn FnMut(&str, ItemMut<'_>)) {
+        f(path, ItemMut::Linear(self));
+        self.weight.visit_mut(&join(path, "weight"), f);
+        self.bias.visit_mut(&join(path, "bias"), f);
+        if let Some(adapter) = &mut self.adapter {
+            let path = join(path, adapter.method());
+            adapter.parameters_mut().into_iter().for_each(|(name, p)| p.visit_mut(&join(&path, name), f));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    /// ΔW = s everywhere.
+    #[derive(Debug)]
+    struct Shift {
+        s: Parameter,
+        shape: [usize; 2],
+        steps: usize,
+    }
+
+    impl LinearAdapter for Shift {
+        fn method(&self) -> &'static str {
+            "shift"
+        }
+
+        fn forward(
+            &self,
+            x: &Tensor,
+            weight: &Tensor,
+            bias: Option<&Tensor>,
+            ctx: &Context,
+        ) -> Result<Tensor> {
+            x.linear(&weight.add(&self.s.tensor(ctx))?, bias)
+        }
+
+        fn parameters(&self) -> Vec<(&'static str, &Parameter)> {
+            vec![("s", &self.s)]
+        }
+
+        fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Parameter)> {
+            vec![("s", &mut self.s)]
+        }
+
+        fn delta(&self) -> Result<Tensor> {
+            self.s.value().broadcast_to(self.shape)
+        }
+
+        fn regulariser(&self, ctx: &Context) -> Result<Option<Tensor>> {
+            self.s.tensor(ctx).powf(2.0).map(Some)
+        }
+
+        fn after_step(&mut self, step: usize) -> Result<()> {
+            self.steps = step + 1;
+            Ok(())
+        }
+    }
+
+    fn layer(dtype: DType) -> (Linear, Tensor) {
+        let init = Init::seeded(5, &Device::cpu());
+        let mut layer = Linear::init(&init, 3, 2, true).unwrap();
+        layer.freeze();
+        layer.cast(dtype).unwrap();
+        (layer, init.normal("x", [4, 3], 1.0).unwrap())
+    }
+
+    fn shift(s: f64) -> Box<dyn LinearAdapter> {
+        let s = Tensor::scalar(s, DType::F32, &Device::cpu()).unwrap();
+        Box::new(Shift { s: Parameter::new(s), shape: [2, 3], steps: 0 })
+    }
+
+    #[test]
+    fn an_adapter_comes_and_goes() {
+        let (mut layer, x) = layer(DType::F32);
+        let run = |layer: &Linear| layer.forward(&x, &Context::eval()).unwrap().to_vec::<f32>().unwrap();
+        let plain = run(&layer);
+        layer.attach(shift(0.5)).unwrap();
+        let names: Vec<_> = layer.parameters().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["weight", "bias", "shift.s"]);
+        assert_eq!(layer.trainable_count(), 1);
+        assert!(matches!(layer.attach(shift(0.1)), Err(Error::Config { .. })));
+        let adapted = run(&layer);
+        assert_ne!(adapted, plain);
+
+        let adapter = layer.detach().unwrap();
+        assert_eq!(run(&layer), plain);
+        layer.attach(adapter).unwrap();
+        assert_eq!(layer.merge().unwrap().unwrap().method(), "shift");
+        assert!(layer.adapter().is_none());
+        for (merged, adapted) in run(&layer).iter().zip(adapted) {
+            assert!((merged - adapted).abs() < 1e-6);
+        }
+        assert!(layer.merge().unwrap().is_none());
+    }
+
+    #[test]
+    fn merging_rounds_a_narrow_weight_once() {
+        let (mut layer, _) = layer(DType::BF16);
+        let before = layer.weight().value().to_dtype(DType::F64).unwrap();
+        layer.attach(shift(0.3)).unwrap();
+        layer.merge().unwrap();
+        let want = before.add_scalar(0.3f32 as f64).unwrap().to_dtype(DType::BF16).unwrap();
+        let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(layer.weight().value().dtype(), DType::BF16);
+        for (got, want) in wide(layer.weight().value()).iter().zip(wide(&want)) {
+            assert!((got - want).abs() <= want.abs() / 256.0);
+        }
+    }
+
+    #[test]
+    fn regulariser_and_after_step_reach_every_adapter() {
+        let mut layers = vec![layer(DType::F32).0, layer(DType::F32).0, layer(DType::F32).0];
+        assert!(layers.regulariser(&Context::eval()).unwrap().is_none());
+        layers[0].attach(shift(2.0)).unwrap();
+        layers[2].attach(shift(3.0)).unwrap();
+        assert_eq!(layers.regulariser(&Context::eval()).unwrap().unwrap().item().unwrap(), 13.0);
+        layers.after_step(6).unwrap();
+        assert!(
+            layers
+                .linears()
+                .iter()
+                .filter_map(|(_, l)| l.adapter())
+                .all(|a| format!("{a:?}").contains("steps: 7"))
+        );
+    }
+
+    #[test]
+    fn shapes_are_checked_when_made() {
+        let tensor =
+            |dims: &[usize]| Parameter::new(Tensor::zeros(dims, DType::F32, &Device::cpu()).unwrap());
+        assert!(Linear::new(tensor(&[2, 3]), Some(tensor(&[2]))).is_ok());
+        for (weight, bias) in [(&[2, 3][..], &[3][..]), (&[2], &[2]), (&[2, 3], &[2, 1])] {
+            assert!(matches!(Linear::new(tensor(weight), Some(tensor(bias))), Err(Error::Shape { .. })));
+        }
+        assert!(Linear::init(&Init::seeded(0, &Device::cpu()), 0, 0, true).is_ok());
+    }
+}
