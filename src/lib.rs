@@ -5,17 +5,21 @@
 
 mod compute;
 mod cpu;
+pub mod data;
 mod device;
 mod dtype;
 mod error;
 mod grad;
 pub mod gradcheck;
+pub mod models;
 pub mod nn;
 mod ops;
+pub mod optim;
 mod random;
 mod shape;
 mod storage;
 mod tensor;
+pub mod train;
 
 pub use device::{CpuDevice, Device, Memory};
 pub use dtype::{BF16, DType, Element, F16};

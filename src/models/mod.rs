@@ -1,0 +1,5 @@
+//! Whole models.
+
+mod vit;
+
+pub use vit::{Vit, VitConfig};
