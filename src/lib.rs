@@ -3,6 +3,8 @@
 
 #![warn(missing_docs)]
 
+pub mod adapters;
+pub mod analysis;
 mod compute;
 mod cpu;
 pub mod data;
@@ -28,5 +30,6 @@ pub use grad::{Gradients, Leaf, Op, Saves, apply};
 pub use ops::attention::AttentionOptions;
 pub use ops::dropout::DropoutKey;
 pub use ops::index::Ids;
+pub use ops::randlora::{Bases, Pairing, Plan, RandLoraOptions, Sizes, Wants, Way, randlora_linear};
 pub use shape::{IntoShape, Layout, MAX_RANK, Shape};
 pub use tensor::Tensor;

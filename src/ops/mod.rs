@@ -17,6 +17,7 @@ pub(crate) mod loss;
 pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod pointwise;
+pub(crate) mod randlora;
 pub(crate) mod reduce;
 pub(crate) mod softmax;
 pub(crate) mod view;
@@ -34,6 +35,7 @@ pub(crate) fn cases() -> Vec<cases::Case> {
         index::cases(),
         linear::cases(),
         matmul::cases(),
+        randlora::cases(),
         loss::cases(),
         norm::cases(),
         reduce::cases(),

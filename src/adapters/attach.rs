@@ -1,0 +1,242 @@
+//! Attaching a method to a model: what is frozen, what is trained, which layers get an adapter.
+
+use std::fmt;
+
+use crate::adapters::{Full, Lora, RandLora};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::nn::{ItemMut, Linear, LinearAdapter, Module};
+
+/// A fine-tuning method.
+pub trait Method: fmt::Debug {
+    /// The name that it goes by, as in `randlora`.
+    fn name(&self) -> &'static str;
+
+    /// The adapters for these layers, one each in the same order; they may share what they are
+    /// made of. None where the method trains the model itself.
+    fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>>;
+}
+
+/// A linear layer as a method sees it.
+#[derive(Clone, Debug)]
+pub struct LayerInfo {
+    /// Its name in the model.
+    pub name: String,
+    /// The size of an input row.
+    pub inputs: usize,
+    /// The size of an output row.
+    pub outputs: usize,
+    /// What the adapter computes in: f64 for an f64 layer, else f32 (also for a stored bf16 or f16).
+    pub dtype: DType,
+    /// Where the layer lives.
+    pub device: Device,
+}
+
+impl LayerInfo {
+    fn of(name: String, layer: &Linear) -> LayerInfo {
+        let weight = layer.weight().value();
+        let dtype = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        LayerInfo {
+            name,
+            inputs: layer.inputs(),
+            outputs: layer.outputs(),
+            dtype,
+            device: weight.device().clone(),
+        }
+    }
+
+    /// The smaller side.
+    pub fn small(&self) -> usize {
+        self.inputs.min(self.outputs)
+    }
+
+    /// The larger side.
+    pub fn large(&self) -> usize {
+        self.inputs.max(self.outputs)
+    }
+}
+
+/// Which linear layers get an adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Targets {
+    /// All of them, but those that are trained whole.
+    AllLinear,
+    /// Those whose name is one of these or ends in one of them after a dot: `query`,
+    /// `attention.query`, `encoder.layer.0.attention.query`.
+    Names(Vec<String>),
+}
+
+impl Targets {
+    /// The layers with these names or last parts of names.
+    pub fn names(names: &[&str]) -> Targets {
+        Targets::Names(names.iter().map(|name| name.to_string()).collect())
+    }
+
+    /// Whether a layer of this name is meant.
+    pub fn matches(&self, layer: &str) -> bool {
+        match self {
+            Targets::AllLinear => true,
+            Targets::Names(names) => names.iter().any(|name| is_or_ends_in(layer, name)),
+        }
+    }
+}
+
+/// Whether `name` is `part` or ends in it after a dot.
+fn is_or_ends_in(name: &str, part: &str) -> bool {
+    name.strip_suffix(part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')) && !part.is_empty()
+}
+
+/// What [`attach`] did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The layers that got an adapter.
+    pub layers: Vec<String>,
+    /// How many numbers are trained.
+    pub trained: usize,
+    /// How many numbers the model has, its adapters' included.
+    pub total: usize,
+}
+
+impl fmt::Display for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = 100.0 * self.trained as f64 / self.total.max(1) as f64;
+        write!(
+            f,
+            "{} adapted layers, {} of {} numbers trained ({percent:.2} %)",
+            self.layers.len(),
+            self.trained,
+            self.total
+        )
+    }
+}
+
+/// Freezes the model and attaches a method to the layers that `targets` names; a method without
+/// adapters ([`Full`]) trains all of the model instead. Parts of the model
+/// in `also_train` (a new classifier, say; names as in [`Targets::Names`], of modules or
+/// parameters) stay trained whole and get no adapter.
+///
+/// Changes nothing where it fails.
+///
+/// # Errors
+/// [`Error::NoMatch`] where a name matches nothing (and lists what is there), [`Error::Config`]
+/// where a layer has an adapter already or the method's settings are out of range.
+pub fn attach<M: Module + ?Sized>(
+    model: &mut M,
+    method: &dyn Method,
+    targets: &Targets,
+    also_train: &[&str],
+) -> Result<Attached> {
+    let parameters: Vec<String> = model.parameters().into_iter().map(|(name, _)| name).collect();
+    for part in also_train {
+        if !parameters.iter().any(|name| belongs_to(name, part)) {
+            return Err(Error::NoMatch { wanted: format!("`{part}`"), available: parameters });
+        }
+    }
+    let whole = |name: &str| also_train.iter().any(|part| belongs_to(name, part));
+    let layers: Vec<LayerInfo> = model
+        .linears()
+        .into_iter()
+        .filter(|(name, _)| targets.matches(name) && !whole(name))
+        .map(|(name, layer)| LayerInfo::of(name, layer))
+        .collect();
+    if let Some((name, _)) = model.linears().iter().find(|(_, layer)| layer.adapter().is_some()) {
+        return Err(Error::config("adapter", format!("`{name}` has one: merge or detach it first")));
+    }
+    check_targets(model, targets, &layers)?;
+    let Some(adapters) = method.adapters(&layers)? else {
+        model.set_trainable(true);
+        return Ok(report(model, vec![]));
+    };
+    if adapters.len() != layers.len() {
+        let message =
+            format!("{} made {} adapters for {} layers", method.name(), adapters.len(), layers.len());
+        return Err(Error::config("adapters", message));
+    }
+    model.try_visit_mut(&mut |name, item| {
+        if let ItemMut::Parameter(parameter) = item {
+            parameter.set_trainable(whole(name));
+        }
+        Ok(())
+    })?;
+    let mut adapters = layers.iter().zip(adapters).peekable();
+    model.try_visit_mut(&mut |name, item| match item {
+        ItemMut::Linear(layer) => match adapters.next_if(|(info, _)| info.name == name) {
+            Some((_, adapter)) => layer.attach(adapter),
+            None => Ok(()),
+        },
+        ItemMut::Parameter(_) => Ok(()),
+    })?;
+    Ok(report(model, layers.into_iter().map(|layer| layer.name).collect()))
+}
+
+/// Whether a parameter or layer is `part` or lies within a module of that name.
+fn belongs_to(name: &str, part: &str) -> bool {
+    let mut ends = name.match_indices('.').map(|(i, _)| i).chain([name.len()]);
+    ends.any(|end| is_or_ends_in(&name[..end], part))
+}
+
+/// Every name must match something: a typing error must not leave a layer out silently.
+fn check_targets<M: Module + ?Sized>(model: &M, targets: &Targets, layers: &[LayerInfo]) -> Result<()> {
+    let available = || model.linears().into_iter().map(|(name, _)| name).collect();
+    match targets {
+        Targets::AllLinear if layers.is_empty() => {
+            Err(Error::NoMatch { wanted: "`all-linear`".into(), available: available() })
+        }
+        Targets::Names(names) => {
+            let unmatched = |name: &&String| !layers.iter().any(|layer| is_or_ends_in(&layer.name, name));
+            match names.iter().find(unmatched) {
+                Some(name) => Err(Error::NoMatch { wanted: format!("`{name}`"), available: available() }),
+                None if names.is_empty() => {
+                    Err(Error::NoMatch { wanted: "an empty list of targets".into(), available: available() })
+                }
+                None => Ok(()),
+            }
+        }
+        Targets::AllLinear => Ok(()),
+    }
+}
+
+fn report<M: Module + ?Sized>(model: &M, layers: Vec<String>) -> Attached {
+    Attached { layers, trained: model.trainable_count(), total: model.parameter_count() }
+}
+
+/// The settings that methods have in common.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// r.
+    pub rank: usize,
+    /// What the update is multiplied by; None for the method's default (20 for RandLoRA, 2 for
+    /// LoRA, as in PEFT's and the paper's settings).
+    pub scale: Option<f64>,
+    /// Dropout of the adapter's input.
+    pub dropout: f64,
+    /// What random matrices follow from.
+    pub seed: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings { rank: 32, scale: None, dropout: 0.0, seed: 0 }
+    }
+}
+
+/// A method by its name: `randlora`, `lora` or `full`.
+///
+/// # Errors
+/// [`Error::NoMatch`] for another name.
+pub fn by_name(name: &str, settings: &Settings) -> Result<Box<dyn Method>> {
+    let Settings { rank, scale, dropout, seed } = *settings;
+    match name {
+        "randlora" => {
+            let default = RandLora::default();
+            Ok(Box::new(RandLora { rank, scale: scale.unwrap_or(default.scale), dropout, seed, ..default }))
+        }
+        "lora" => Ok(Box::new(Lora { rank, scale: scale.unwrap_or(Lora::default().scale), dropout, seed })),
+        "full" => Ok(Box::new(Full)),
+        _ => {
+            let available = ["randlora", "lora", "full"].map(String::from).to_vec();
+            Err(Error::NoMatch { wanted: format!("the method `{name}`"), available })
+        }
+    }
+}

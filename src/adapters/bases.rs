@@ -1,0 +1,246 @@
+//! The random bases, fixed by the format bit for bit.
+//!
+//! An entry is a function of (seed, matrix, base, row, column) and the distribution alone, whatever
+//! else was made. It comes from the ChaCha8 key stream of [`random`](crate::random) (64-bit counter
+//! and stream number, key = the seed as a little-endian u64 followed by zeros):
+//!
+//! | entry | stream | word |
+//! |---|---|---|
+//! | A[k, j] | 0 | k·2³² + j |
+//! | B_i[d, k] | 1 + i | k·2³² + d |
+//!
+//! A word w becomes an entry of mean 0 and variance 1, computed in f64 and rounded once to f32:
+//!
+//! | distribution | entry |
+//! |---|---|
+//! | uniform | √3·(2·⌊w/2⁸⌋ + 1 − 2²⁴)/2²⁴ |
+//! | normal | Φ⁻¹((w + ½)/2³²), by AS 241 with a logarithm of basic operations only |
+//! | ternary, sparsity s | √(s/2) if w < ⌊2³²/s⌋, −√(s/2) if w ≥ 2³² − ⌊2³²/s⌋, else 0 |
+//!
+//! s = 2 is the ±1 basis, s = 6 the paper's "sparse", s = √m its "very sparse" (§6.4).
+
+use rayon::prelude::*;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::ops::randlora::{Bases, Pairing};
+use crate::random;
+use crate::tensor::Tensor;
+
+/// What the entries of the bases look like. All have mean 0 and variance 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Distribution {
+    /// Uniform in ±√3: the paper's best.
+    Uniform,
+    /// Normal.
+    Normal,
+    /// ±√(s/2) with probability 1/s each, 0 otherwise; s ≥ 2.
+    ///
+    /// With a small rank, mind the zeros: a column of A is zero throughout with probability
+    /// (1 − 2/s)^r, 9 % at s = 6 and r = 6, and that column of ΔW then stays zero.
+    Ternary {
+        /// s.
+        sparsity: f64,
+    },
+}
+
+impl Distribution {
+    /// Entries ±1.
+    pub const SIGNS: Distribution = Distribution::Ternary { sparsity: 2.0 };
+    /// The paper's sparse basis: two thirds zeros.
+    pub const SPARSE: Distribution = Distribution::Ternary { sparsity: 6.0 };
+
+    /// The paper's very sparse basis for a model whose largest smaller side is `small`: s = √m.
+    pub fn very_sparse(small: usize) -> Distribution {
+        Distribution::Ternary { sparsity: (small as f64).sqrt().max(2.0) }
+    }
+
+    fn entry(self, word: u32) -> f32 {
+        match self {
+            Distribution::Uniform => (3f64.sqrt() * random::symmetric(word)) as f32,
+            Distribution::Normal => random::normal(word) as f32,
+            Distribution::Ternary { sparsity } => {
+                let share = (4_294_967_296.0 / sparsity) as u64;
+                let value = (sparsity / 2.0).sqrt() as f32;
+                match word as u64 {
+                    w if w < share => value,
+                    w if w >= (1 << 32) - share => -value,
+                    _ => 0.0,
+                }
+            }
+        }
+    }
+}
+
+/// Everything that the bases of a model follow from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BasesSpec {
+    /// The seed.
+    pub seed: u64,
+    /// What the entries look like.
+    pub distribution: Distribution,
+    /// r: the rank of one basis.
+    pub rank: usize,
+    /// The largest smaller side of the layers.
+    pub small: usize,
+    /// The largest larger side of the layers.
+    pub large: usize,
+    /// Which row of the scaled A meets which column of B.
+    pub pairing: Pairing,
+}
+
+/// Rows of B that are made at a time.
+const ROWS: usize = 256;
+
+impl BasesSpec {
+    /// Makes the bases: A (r, small) and B (large, ⌈small/r⌉, r) in f32.
+    ///
+    /// ```
+    /// use randlora::adapters::{BasesSpec, Distribution};
+    /// use randlora::{Device, Pairing};
+    ///
+    /// let spec = BasesSpec { seed: 0, distribution: Distribution::Uniform, rank: 4, small: 10, large: 16, pairing: Pairing::Paper };
+    /// let bases = spec.generate(&Device::cpu())?;
+    /// assert_eq!((bases.a().dims(), bases.b().dims()), (&[4, 10][..], &[16, 3, 4][..]));
+    /// # Ok::<(), randlora::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a rank of 0 or a sparsity below 2, [`Error::Shape`] for sizes beyond
+    /// memory.
+    pub fn generate(&self, device: &Device) -> Result<Bases> {
+        let BasesSpec { rank, small, large, .. } = *self;
+        if rank == 0 {
+            return Err(Error::config("rank", "a basis has at least rank 1"));
+        }
+        if let Distribution::Ternary { sparsity } = self.distribution
+            && !(sparsity >= 2.0 && sparsity.is_finite())
+        {
+            return Err(Error::config("sparsity", format!("{sparsity} is not at least 2 and finite")));
+        }
+        let a_shape = crate::shape::Shape::new(&[rank, small])?;
+        let b_shape = crate::shape::Shape::new(&[large, small.div_ceil(rank), rank])?;
+        let mut a = device.host().buffer::<f32>(a_shape.numel())?;
+        if small > 0 {
+            a.par_chunks_mut(small).enumerate().for_each(|(k, row)| self.fill(0, k, 0, row));
+        }
+        let mut b = device.host().buffer::<f32>(b_shape.numel())?;
+        let columns = b_shape[1] * rank;
+        if columns > 0 {
+            b.par_chunks_mut(ROWS * columns)
+                .enumerate()
+                .for_each(|(i, rows)| self.fill_rows(i * ROWS, columns, rows));
+        }
+        Bases::new(
+            &Tensor::from_buffer(a, a_shape, device),
+            &Tensor::from_buffer(b, b_shape, device),
+            self.pairing,
+        )
+    }
+
+    /// The entries from..from + out.len() of column k of a matrix's stream.
+    fn fill(&self, stream: u64, k: usize, from: usize, out: &mut [f32]) {
+        let mut words = vec![0; out.len()];
+        random::words(self.seed, stream, ((k as u64) << 32) + from as u64, &mut words);
+        out.iter_mut().zip(words).for_each(|(out, word)| *out = self.distribution.entry(word));
+    }
+
+    /// Rows `first..` of B, with all bases' columns side by side.
+    fn fill_rows(&self, first: usize, columns: usize, rows: &mut [f32]) {
+        let mut column = vec![0.0; rows.len() / columns];
+        for q in 0..columns {
+            self.fill(1 + (q / self.rank) as u64, q % self.rank, first, &mut column);
+            rows.chunks_mut(columns).zip(&column).for_each(|(row, &entry)| row[q] = entry);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(distribution: Distribution) -> BasesSpec {
+        BasesSpec { seed: 42, distribution, rank: 5, small: 18, large: 300, pairing: Pairing::Paper }
+    }
+
+    fn b(spec: BasesSpec) -> Vec<f32> {
+        spec.generate(&Device::cpu()).unwrap().b().to_vec().unwrap()
+    }
+
+    /// FNV-1a over the bits.
+    fn hash(values: &[f32]) -> u64 {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes());
+        bytes.fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ b as u64).wrapping_mul(0x0000_0100_0000_01b3))
+    }
+
+    /// The format: whoever changes these numbers breaks every adapter that was saved without its
+    /// bases. tests/oracle/bases.py makes the same ones from the written formulas.
+    #[test]
+    fn golden() {
+        let of = |d| {
+            let bases = spec(d).generate(&Device::cpu()).unwrap();
+            (hash(&bases.a().to_vec::<f32>().unwrap()), hash(&bases.b().to_vec::<f32>().unwrap()))
+        };
+        let hashes = [
+            Distribution::Uniform,
+            Distribution::Normal,
+            Distribution::SIGNS,
+            Distribution::SPARSE,
+            Distribution::very_sparse(768),
+        ]
+        .map(of);
+        assert_eq!(hashes, GOLDEN, "{hashes:#x?}");
+    }
+
+    const GOLDEN: [(u64, u64); 5] = [
+        (0x2fbe_0d71_23a6_a109, 0x8766_adcd_c4d3_85fb),
+        (0xba6a_f499_a8af_63a2, 0x7a37_02f2_076a_83f3),
+        (0xc135_e2ff_8d46_3935, 0x7403_7665_f10f_6e25),
+        (0x2a80_0450_c6a4_1685, 0x027d_d132_759c_c92b),
+        (0x2efe_3e24_bce1_a678, 0x9abd_e0dd_4944_afc0),
+    ];
+
+    #[test]
+    fn an_entry_does_not_depend_on_what_else_is_made() {
+        let (small, large) =
+            (spec(Distribution::Uniform), BasesSpec { small: 27, large: 700, ..spec(Distribution::Uniform) });
+        let (a, b) = (b(small), b(large));
+        for row in 0..300 {
+            assert_eq!(a[row * 20..(row + 1) * 20], b[row * 30..row * 30 + 20]);
+        }
+    }
+
+    #[test]
+    fn unit_variance_and_the_promised_zeros() {
+        for (d, zeros) in [
+            (Distribution::Uniform, 0.0),
+            (Distribution::Normal, 0.0),
+            (Distribution::SIGNS, 0.0),
+            (Distribution::SPARSE, 2.0 / 3.0),
+            (Distribution::very_sparse(768), 1.0 - 2.0 / 768f64.sqrt()),
+        ] {
+            let values = b(BasesSpec { small: 100, large: 2000, ..spec(d) });
+            let n = values.len() as f64;
+            let mean = values.iter().map(|&v| v as f64).sum::<f64>() / n;
+            let square = values.iter().map(|&v| (v as f64).powi(2)).sum::<f64>() / n;
+            assert!(
+                mean.abs() < 0.01 && (square - 1.0).abs() < 0.02,
+                "{d:?}: mean {mean}, mean square {square}"
+            );
+            let share = values.iter().filter(|&&v| v == 0.0).count() as f64 / n;
+            assert!((share - zeros).abs() < 0.01, "{d:?}: {share} zeros");
+        }
+    }
+
+    #[test]
+    fn senseless_settings_are_errors() {
+        let device = Device::cpu();
+        assert!(BasesSpec { rank: 0, ..spec(Distribution::Uniform) }.generate(&device).is_err());
+        assert!(spec(Distribution::Ternary { sparsity: 1.5 }).generate(&device).is_err());
+        assert!(spec(Distribution::Ternary { sparsity: f64::NAN }).generate(&device).is_err());
+        assert!(
+            BasesSpec { large: usize::MAX / 2, ..spec(Distribution::Uniform) }.generate(&device).is_err()
+        );
+    }
+}

@@ -1,0 +1,179 @@
+//! RandLoRA (Albert et al., ICLR 2025): ΔW = s·Σᵢ Bᵢ Λᵢ A Γᵢ with random A and Bᵢ that all layers
+//! share, and trained diagonals λ (r×n) and γ (n×m) in each.
+//!
+//! λ starts at 0 and γ at 1/max(n, m), as in PEFT, so that ΔW = 0. Since γ is then constant and A
+//! shared, the first step gives ΔW rank r at most; from the second on it has full rank.
+//! The arithmetic is in [`ops::randlora`](crate::randlora_linear).
+
+use std::sync::Arc;
+
+use crate::adapters::attach::{LayerInfo, Method};
+use crate::adapters::bases::{BasesSpec, Distribution};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::nn::{Context, LinearAdapter, Parameter};
+use crate::ops::dropout::check_rate;
+use crate::ops::randlora::{Bases, Pairing, RandLoraOptions, Sizes, Way, randlora_linear};
+use crate::tensor::Tensor;
+
+/// RandLoRA's settings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RandLora {
+    /// r: the rank of one basis. The update has full rank whatever r is; a smaller r trains more
+    /// numbers: n·(r + m) per layer with n = ⌈m/r⌉.
+    pub rank: usize,
+    /// s. 20 by default, which is PEFT's (alpha = 640 at r = 32). The paper's code uses 10/r for
+    /// CLIP and 2/√n for language models: they differ by a factor of 100.
+    pub scale: f64,
+    /// Dropout of the adapter's input.
+    pub dropout: f64,
+    /// What the bases follow from.
+    pub seed: u64,
+    /// What the entries of the bases look like.
+    pub distribution: Distribution,
+    /// Which row of the scaled A meets which column of B.
+    pub pairing: Pairing,
+    /// These ways of computing instead of the cheapest.
+    pub ways: Option<(Way, Way)>,
+}
+
+impl Default for RandLora {
+    fn default() -> RandLora {
+        RandLora {
+            rank: 32,
+            scale: 20.0,
+            dropout: 0.0,
+            seed: 0,
+            distribution: Distribution::Uniform,
+            pairing: Pairing::Paper,
+            ways: None,
+        }
+    }
+}
+
+impl RandLora {
+    /// How many numbers a layer of these sizes trains: n·(r + m).
+    ///
+    /// ```
+    /// use randlora::adapters::RandLora;
+    ///
+    /// let method = RandLora { rank: 6, ..RandLora::default() };
+    /// assert_eq!(method.trained(768, 3072), 128 * (6 + 768));
+    /// ```
+    pub fn trained(&self, inputs: usize, outputs: usize) -> usize {
+        let sizes = Sizes { tokens: 0, inputs, outputs, rank: self.rank.max(1) };
+        sizes.bases() * (sizes.rank + sizes.small())
+    }
+
+    /// The bases that fit all these layers, in f32.
+    pub fn bases(&self, layers: &[LayerInfo]) -> Result<Option<Bases>> {
+        let Some(first) = layers.first() else { return Ok(None) };
+        let spec = BasesSpec {
+            seed: self.seed,
+            distribution: self.distribution,
+            rank: self.rank,
+            small: layers.iter().map(LayerInfo::small).max().unwrap_or(0),
+            large: layers.iter().map(LayerInfo::large).max().unwrap_or(0),
+            pairing: self.pairing,
+        };
+        spec.generate(&first.device).map(Some)
+    }
+}
+
+impl Method for RandLora {
+    fn name(&self) -> &'static str {
+        "randlora"
+    }
+
+    fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
+        if self.rank == 0 {
+            return Err(Error::config("rank", "a basis has at least rank 1"));
+        }
+        check_rate(self.dropout)?;
+        let Some(bases) = self.bases(layers)? else { return Ok(Some(vec![])) };
+        // Layers of both types would each want the bases in their own.
+        let wide = layers.iter().any(|layer| layer.dtype == DType::F64);
+        let wide = if wide { Some(Arc::new(bases.to_dtype(DType::F64)?)) } else { None };
+        let narrow = Arc::new(bases);
+        let one = |layer: &LayerInfo| {
+            let bases = match &wide {
+                Some(wide) if layer.dtype == DType::F64 => wide,
+                _ => &narrow,
+            };
+            RandLoraAdapter::new(self, layer, bases.clone()).map(|a| Box::new(a) as Box<dyn LinearAdapter>)
+        };
+        layers.iter().map(one).collect::<Result<_>>().map(Some)
+    }
+}
+
+/// One layer's diagonals, and the bases that it shares.
+#[derive(Debug)]
+pub struct RandLoraAdapter {
+    lambda: Parameter,
+    gamma: Parameter,
+    bases: Arc<Bases>,
+    inputs: usize,
+    outputs: usize,
+    scale: f64,
+    dropout: f64,
+    ways: Option<(Way, Way)>,
+}
+
+impl RandLoraAdapter {
+    /// The adapter of a layer at its start.
+    pub fn new(settings: &RandLora, layer: &LayerInfo, bases: Arc<Bases>) -> Result<RandLoraAdapter> {
+        let sizes = Sizes { tokens: 0, inputs: layer.inputs, outputs: layer.outputs, rank: bases.rank() };
+        let (n, small) = (sizes.bases(), sizes.small());
+        let lambda = Tensor::zeros([sizes.rank, n], layer.dtype, &layer.device)?;
+        let gamma = Tensor::full(1.0 / n.max(small).max(1) as f64, [n, small], layer.dtype, &layer.device)?;
+        Ok(RandLoraAdapter {
+            lambda: Parameter::new(lambda),
+            gamma: Parameter::new(gamma),
+            bases,
+            inputs: layer.inputs,
+            outputs: layer.outputs,
+            scale: settings.scale,
+            dropout: settings.dropout,
+            ways: settings.ways,
+        })
+    }
+
+    /// The bases.
+    pub fn bases(&self) -> &Arc<Bases> {
+        &self.bases
+    }
+}
+
+impl LinearAdapter for RandLoraAdapter {
+    fn method(&self) -> &'static str {
+        "randlora"
+    }
+
+    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+        let options = RandLoraOptions {
+            bases: self.bases.clone(),
+            scale: self.scale,
+            dropout: ctx.dropout_key().map(|key| (self.dropout, key)),
+            ways: self.ways,
+        };
+        randlora_linear(x, weight, bias, &self.lambda.tensor(ctx), &self.gamma.tensor(ctx), &options)
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, &Parameter)> {
+        vec![("lambda", &self.lambda), ("gamma", &self.gamma)]
+    }
+
+    fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Parameter)> {
+        vec![("lambda", &mut self.lambda), ("gamma", &mut self.gamma)]
+    }
+
+    /// The update of the identity's rows: ΔW = (I·(0 + ΔW)ᵀ)ᵀ.
+    fn delta(&self) -> Result<Tensor> {
+        let (dtype, device) = (self.lambda.value().dtype(), self.lambda.value().device());
+        let mut identity = vec![0.0; self.inputs * self.inputs];
+        identity.iter_mut().step_by(self.inputs + 1).for_each(|one| *one = 1.0);
+        let identity = Tensor::from_vec(identity, [self.inputs, self.inputs], device)?.to_dtype(dtype)?;
+        let zero = Tensor::scalar(0.0, dtype, device)?.broadcast_to([self.outputs, self.inputs])?;
+        self.forward(&identity, &zero, None, &Context::eval())?.t()
+    }
+}

@@ -1,0 +1,141 @@
+//! The cases for the shared checks: each way for both orientations, and what only this operation
+//! promises.
+
+use super::*;
+use crate::cpu::naive::Naive;
+use crate::device::Device;
+use crate::ops::cases::Case;
+use crate::ops::dropout::mask_range;
+use crate::random;
+
+const KEY: DropoutKey = DropoutKey { seed: 3, step: 1, site: 4 };
+
+/// Normal numbers.
+fn numbers(n: usize, seed: u64) -> Vec<f64> {
+    let mut words = vec![0; n];
+    random::words(seed, 0, 0, &mut words);
+    // As f32 numbers, so that both precisions start from the same ones.
+    words.into_iter().map(|w| random::normal(w) as f32 as f64).collect()
+}
+
+fn tensor(dims: &[usize], seed: u64, dtype: DType) -> Tensor {
+    let values = numbers(dims.iter().product(), seed);
+    Tensor::from_vec(values, dims, &Device::cpu()).unwrap().to_dtype(dtype).unwrap()
+}
+
+/// Bases somewhat larger than the layer needs, as those of a model are.
+fn bases(sizes: Sizes, pairing: Pairing, dtype: DType) -> Arc<Bases> {
+    let a = tensor(&[sizes.rank, sizes.small() + 2], 11, dtype);
+    let b = tensor(&[sizes.large() + 3, sizes.bases() + 1, sizes.rank], 12, dtype);
+    Arc::new(Bases::new(&a, &b, pairing).unwrap())
+}
+
+/// ΔW by the formula, an element at a time: out×in.
+fn naive_delta(sizes: Sizes, bases: &Bases, scale: f64, lambda: &[f64], gamma: &[f64]) -> Naive {
+    let (r, n, m) = (sizes.rank, sizes.bases(), sizes.small());
+    let a = bases.a().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
+    let b = bases.b().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
+    let (a_width, b_bases) = (bases.a().dims()[1], bases.b().dims()[1]);
+    let element = |large: usize, small: usize| {
+        (0..n * r)
+            .map(|q| {
+                let (i, k) = match bases.pairing() {
+                    Pairing::Paper => (q / r, q % r),
+                    Pairing::Peft => (q % n, q / n),
+                };
+                let b = b[(large * b_bases + q / r) * r + q % r];
+                b * lambda[k * n + i] * a[k * a_width + small] * gamma[i * m + small]
+            })
+            .sum::<f64>()
+            * scale
+    };
+    Naive::build(&[sizes.outputs, sizes.inputs], |i| {
+        if sizes.inputs <= sizes.outputs { element(i[0], i[1]) } else { element(i[1], i[0]) }
+    })
+}
+
+/// A case's inputs: x, W0, bias; λ and γ are flat vectors of fixed size, so that their sizes follow
+/// from the weight's whatever that is.
+fn case(
+    name: &'static str,
+    inputs: &'static [&'static str],
+    rank: usize,
+    ways: (Way, Way),
+    pairing: Pairing,
+    dropout: bool,
+) -> Case {
+    let sizes = move |x: &[usize], w: &[usize]| Sizes {
+        tokens: x[..x.len() - 1].iter().product(),
+        inputs: w[1],
+        outputs: w[0],
+        rank,
+    };
+    let dropout = dropout.then_some((0.4, KEY));
+    let run = move |x: &[&Tensor]| {
+        let sizes = sizes(x[0].dims(), x[1].dims());
+        let bases = bases(sizes, pairing, x[0].dtype());
+        let lambda = x[2].slice(0, 0..rank * sizes.bases())?.reshape([rank, sizes.bases()])?;
+        let gamma =
+            x[3].slice(0, 0..sizes.bases() * sizes.small())?.reshape([sizes.bases(), sizes.small()])?;
+        let options = RandLoraOptions { bases, scale: 0.7, dropout, ways: Some(ways) };
+        randlora_linear(x[0], &x[1].detach(), x.get(4).copied(), &lambda, &gamma, &options)
+    };
+    let naive = move |x: &[Naive]| {
+        let sizes = sizes(&x[0].dims, &x[1].dims);
+        let delta = naive_delta(sizes, &bases(sizes, pairing, DType::F64), 0.7, &x[2].data, &x[3].data);
+        let mut mask = vec![1.0; x[0].data.len()];
+        if let Some((p, key)) = dropout {
+            mask_range(key, p, 0, &mut mask);
+        }
+        let mut dims = x[0].dims.clone();
+        let last = dims.len() - 1;
+        dims[last] = sizes.outputs;
+        let mask = Naive { dims: x[0].dims.clone(), data: mask };
+        Naive::build(&dims, |i| {
+            let o = i[last];
+            let at = |j: usize| [&i[..last], &[j]].concat();
+            let sum: f64 = (0..sizes.inputs)
+                .map(|j| x[0].at(&at(j)) * (x[1].at(&[o, j]) + mask.at(&at(j)) * delta.at(&[o, j])))
+                .sum();
+            sum + x.get(4).map_or(0.0, |b| b.at(&[o]))
+        })
+    };
+    Case::new(name, inputs, run, naive).at_least(1).frozen(1)
+}
+
+pub(crate) fn cases() -> Vec<Case> {
+    use Pairing::{Paper, Peft};
+    use Way::{Factored, Panel};
+    let (pp, pf, fp, ff) = ((Panel, Panel), (Panel, Factored), (Factored, Panel), (Factored, Factored));
+    // The numbers at the end of λ and γ are what the largest size needs; see `sizes` in `cases.rs`.
+    let tall: &[&str] = &["t 3", "7 3", "6", "6", "7"];
+    let wide: &[&str] = &["a t 7", "3 7", "6", "6"];
+    let free: &[&str] = &["t i", "o i", "1800", "1800", "o"];
+    let mut cases = vec![
+        case("randlora, any sizes, panel", free, 2, pp, Paper, false),
+        case("randlora, any sizes, factored", free, 2, ff, Paper, false),
+        case("randlora, any sizes, r 1", free, 1, pf, Paper, false),
+        case("randlora, any sizes, r 3", free, 3, fp, Peft, false),
+        case("randlora, r = min", &["t 3", "7 3", "3", "3"], 3, pp, Paper, false),
+        case("randlora, r > min", &["t 3", "7 3", "5", "3"], 5, pp, Paper, false),
+        case("randlora, r > min, factored", &["t 7", "3 7", "5", "3"], 5, ff, Paper, false),
+    ];
+    for (names, inputs) in [
+        (["in < out: pp", "in < out: pf", "in < out: fp", "in < out: ff"], tall),
+        (["in > out: pp", "in > out: pf", "in > out: fp", "in > out: ff"], wide),
+    ] {
+        for (name, ways) in names.into_iter().zip([pp, pf, fp, ff]) {
+            cases.push(case(name, inputs, 2, ways, Paper, false));
+        }
+    }
+    for (name, inputs, ways) in [
+        ("in < out: pp, dropout", tall, pp),
+        ("in < out: ff, dropout", tall, ff),
+        ("in > out: pp, dropout", wide, pp),
+        ("in > out: ff, dropout", wide, ff),
+        ("in > out: pf, dropout", wide, pf),
+    ] {
+        cases.push(case(name, inputs, 2, ways, Peft, true));
+    }
+    cases
+}
