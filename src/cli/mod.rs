@@ -1,0 +1,47 @@
+//! The command line: what is asked for, how it ends.
+//!
+//! Results go to standard output and nothing else does. Exit code 0 on success, 2 on misuse, 1 on
+//! failure, with one line that says what is wrong.
+
+mod demo;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Full-rank parameter-efficient fine-tuning (RandLoRA).
+#[derive(Debug, Parser)]
+#[command(version, about, arg_required_else_help = true)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Demo(demo::Args),
+    /// One method of the demo, in a process of its own; the base's parameters come from standard input.
+    #[command(hide = true)]
+    DemoMethod(demo::MethodArgs),
+}
+
+/// Why a command failed, in one line.
+type Failure = Box<dyn std::error::Error>;
+
+/// Runs what the arguments ask for.
+pub(crate) fn run() -> ExitCode {
+    // Prints help, the version or what is wrong with the arguments (exit code 2), and ends there.
+    let args = Args::parse();
+    let result = match args.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoMethod(args) => demo::run_method(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
