@@ -117,6 +117,6 @@ mod tests {
         let device = Device::cpu();
         assert!(singular_values(&Tensor::from_vec(vec![1.0], [1], &device).unwrap()).is_err());
         assert!(rank(&Tensor::from_vec(vec![f64::NAN], [1, 1], &device).unwrap()).is_err());
-        assert_eq!(singular_values(&Tensor::zeros([0, 3], DType::F64, &device).unwrap()).unwrap(), []);
+        assert_eq!(singular_values(&Tensor::zeros([0, 3], DType::F64, &device).unwrap()).unwrap(), [0f64; 0]);
     }
 }

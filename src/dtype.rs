@@ -97,10 +97,12 @@ impl Element for f64 {
 
 /// A bf16 number, by its bits.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+#[repr(transparent)]
 pub struct BF16(pub u16);
 
 /// An IEEE half precision number, by its bits.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+#[repr(transparent)]
 pub struct F16(pub u16);
 
 impl Element for BF16 {

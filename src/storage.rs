@@ -1,7 +1,11 @@
 //! The memory behind a tensor.
 
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
 use crate::device::{Buffer, Pooled};
-use crate::dtype::{BF16, F16};
+use crate::dtype::{BF16, DType, Element, F16};
 
 /// A buffer of elements. Shared by all views of it.
 #[derive(Debug)]
@@ -10,8 +14,50 @@ pub(crate) enum Storage {
     F64(Buffer<f64>),
     BF16(Buffer<BF16>),
     F16(Buffer<F16>),
+    Mapped(Mapped),
     /// A value that was not kept after forward: it has a shape and no data.
     Ghost,
+}
+
+/// Bytes that somebody else keeps in memory: a mapped file.
+pub(crate) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Elements within such bytes. They are read where they lie and never written.
+pub(crate) struct Mapped {
+    bytes: Bytes,
+    range: Range<usize>,
+    dtype: DType,
+}
+
+impl Mapped {
+    /// None where the elements cannot be read in place: bytes in the wrong order or place.
+    pub(crate) fn new(bytes: Bytes, range: Range<usize>, dtype: DType) -> Option<Mapped> {
+        let slice = (*bytes).as_ref().get(range.clone())?;
+        let fits = slice.len() % dtype.size() == 0 && slice.as_ptr().addr() % dtype.size() == 0;
+        (fits && cfg!(target_endian = "little")).then_some(Mapped { bytes, range, dtype })
+    }
+
+    /// The number of elements.
+    pub(crate) fn len(&self) -> usize {
+        self.range.len() / self.dtype.size()
+    }
+
+    fn elements<T: Element>(&self) -> Option<&[T]> {
+        if T::DTYPE != self.dtype {
+            return None;
+        }
+        let bytes = &(*self.bytes).as_ref()[self.range.clone()];
+        // SAFETY: every pattern of bits is an f32, f64, u16 or a `repr(transparent)` wrapper of one,
+        // the only types that implement the sealed trait `Element`.
+        let (before, elements, after) = unsafe { bytes.align_to::<T>() };
+        (before.is_empty() && after.is_empty()).then_some(elements)
+    }
+}
+
+impl fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapped({} × {})", self.len(), self.dtype)
+    }
 }
 
 /// An element that storage knows how to hold.
@@ -28,7 +74,11 @@ macro_rules! stored {
                 Storage::$variant(buffer)
             }
             fn slice(storage: &Storage) -> Option<&[$T]> {
-                if let Storage::$variant(b) = storage { Some(b) } else { None }
+                match storage {
+                    Storage::$variant(b) => Some(b),
+                    Storage::Mapped(m) => m.elements(),
+                    _ => None,
+                }
             }
             fn slice_mut(storage: &mut Storage) -> Option<&mut [$T]> {
                 if let Storage::$variant(b) = storage { Some(b) } else { None }

@@ -9,7 +9,7 @@ use crate::device::{Buffer, Device};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::shape::{IntoShape, Layout, Shape};
-use crate::storage::{Storage, Stored, dispatch_stored};
+use crate::storage::{Mapped, Storage, Stored, dispatch_stored};
 
 /// An n-dimensional array of numbers. Cheap to clone, immutable once made, `Send` and `Sync`.
 ///
@@ -174,6 +174,12 @@ impl Tensor {
         Tensor::build(T::wrap(buffer), Layout::contiguous(shape), T::DTYPE, device)
     }
 
+    /// A tensor whose elements stay where they lie. The shape must have as many.
+    pub(crate) fn from_mapped(mapped: Mapped, dtype: DType, shape: Shape, device: &Device) -> Tensor {
+        debug_assert_eq!(mapped.len(), shape.numel());
+        Tensor::build(Storage::Mapped(mapped), Layout::contiguous(shape), dtype, device)
+    }
+
     fn build(storage: Storage, layout: Layout, dtype: DType, device: &Device) -> Tensor {
         let storage = Arc::new(storage);
         Tensor(Arc::new(Inner { storage, layout, dtype, device: device.clone(), history: None }))
@@ -216,6 +222,7 @@ impl Tensor {
             Storage::F64(b) => layout.end() <= b.len(),
             Storage::BF16(b) => layout.end() <= b.len(),
             Storage::F16(b) => layout.end() <= b.len(),
+            Storage::Mapped(m) => layout.end() <= m.len(),
         });
         let Inner { storage, dtype, device, .. } = &*self.0;
         Tensor(Arc::new(Inner {

@@ -112,8 +112,7 @@ impl fmt::Display for Attached {
 }
 
 /// Freezes the model and attaches a method to the layers that `targets` names; a method without
-/// adapters ([`Full`]) trains all of the model instead. Parts of the model
-/// in `also_train` (a new classifier, say; names as in [`Targets::Names`], of modules or
+/// adapters ([`Full`]) trains all of the model instead. Parts of the model in `also_train` (a new classifier, say; names as in [`Targets::Names`], of modules or
 /// parameters) stay trained whole and get no adapter.
 ///
 /// Changes nothing where it fails.
@@ -145,7 +144,7 @@ pub fn attach<M: Module + ?Sized>(
     }
     check_targets(model, targets, &layers)?;
     let Some(adapters) = method.adapters(&layers)? else {
-        model.set_trainable(true);
+        train(model, |_| true)?;
         return Ok(report(model, vec![]));
     };
     if adapters.len() != layers.len() {
@@ -153,12 +152,7 @@ pub fn attach<M: Module + ?Sized>(
             format!("{} made {} adapters for {} layers", method.name(), adapters.len(), layers.len());
         return Err(Error::config("adapters", message));
     }
-    model.try_visit_mut(&mut |name, item| {
-        if let ItemMut::Parameter(parameter) = item {
-            parameter.set_trainable(whole(name));
-        }
-        Ok(())
-    })?;
+    train(model, whole)?;
     let mut adapters = layers.iter().zip(adapters).peekable();
     model.try_visit_mut(&mut |name, item| match item {
         ItemMut::Linear(layer) => match adapters.next_if(|(info, _)| info.name == name) {
@@ -168,6 +162,21 @@ pub fn attach<M: Module + ?Sized>(
         ItemMut::Parameter(_) => Ok(()),
     })?;
     Ok(report(model, layers.into_iter().map(|layer| layer.name).collect()))
+}
+
+/// Trains these parameters and no others. Those that are stored in a narrow type are widened to f32,
+/// which they can be trained in.
+fn train<M: Module + ?Sized>(model: &mut M, trained: impl Fn(&str) -> bool) -> Result<()> {
+    model.try_visit_mut(&mut |name, item| match item {
+        ItemMut::Parameter(parameter) => {
+            parameter.set_trainable(trained(name));
+            match parameter.is_trainable() && !parameter.value().dtype().is_compute() {
+                true => parameter.cast(DType::F32),
+                false => Ok(()),
+            }
+        }
+        ItemMut::Linear(_) => Ok(()),
+    })
 }
 
 /// Whether a parameter or layer is `part` or lies within a module of that name.

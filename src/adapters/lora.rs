@@ -66,6 +66,21 @@ impl LoraAdapter {
             dropout: settings.dropout,
         })
     }
+
+    /// r.
+    pub fn rank(&self) -> usize {
+        self.a.value().dims()[0]
+    }
+
+    /// s.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The rate at which the adapter's input is dropped in training.
+    pub fn dropout(&self) -> f64 {
+        self.dropout
+    }
 }
 
 impl LinearAdapter for LoraAdapter {

@@ -124,6 +124,7 @@ impl RandLoraAdapter {
     pub fn new(settings: &RandLora, layer: &LayerInfo, bases: Arc<Bases>) -> Result<RandLoraAdapter> {
         let sizes = Sizes { tokens: 0, inputs: layer.inputs, outputs: layer.outputs, rank: bases.rank() };
         let (n, small) = (sizes.bases(), sizes.small());
+        bases.check(sizes)?;
         let lambda = Tensor::zeros([sizes.rank, n], layer.dtype, &layer.device)?;
         let gamma = Tensor::full(1.0 / n.max(small).max(1) as f64, [n, small], layer.dtype, &layer.device)?;
         Ok(RandLoraAdapter {
@@ -141,6 +142,16 @@ impl RandLoraAdapter {
     /// The bases.
     pub fn bases(&self) -> &Arc<Bases> {
         &self.bases
+    }
+
+    /// s.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The rate at which the adapter's input is dropped in training.
+    pub fn dropout(&self) -> f64 {
+        self.dropout
     }
 }
 

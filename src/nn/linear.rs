@@ -1,5 +1,6 @@
 //! Linear layers, and the hook by which adapters change them.
 
+use std::any::Any;
 use std::fmt::Debug;
 
 use crate::dtype::DType;
@@ -9,7 +10,7 @@ use crate::tensor::Tensor;
 
 /// What changes a frozen linear layer. It gives the whole layer's output, so that it can fuse its
 /// update with the frozen product.
-pub trait LinearAdapter: Debug + Send + Sync {
+pub trait LinearAdapter: Any + Debug + Send + Sync {
     /// The name of the method, as in `randlora`; its parameters' names begin with it.
     fn method(&self) -> &'static str;
 

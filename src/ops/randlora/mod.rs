@@ -101,20 +101,26 @@ impl Bases {
         Bases::new(&self.a.to_dtype(dtype)?, &self.b.to_dtype(dtype)?, self.pairing)
     }
 
+    /// An error where a layer is larger than the bases.
+    pub(crate) fn check(&self, sizes: Sizes) -> Result<()> {
+        let b = self.b.dims();
+        if sizes.small() <= self.a.dims()[1] && sizes.large() <= b[0] && sizes.bases() <= b[1] {
+            return Ok(());
+        }
+        let message = format!(
+            "the layer ({} × {}) is larger than the bases, A {} and B {}: make them from all layers' sizes",
+            sizes.outputs,
+            sizes.inputs,
+            self.a.shape(),
+            self.b.shape()
+        );
+        Err(Error::shape("randlora", message))
+    }
+
     /// A layer's parts of A (r×m) and B (D×c).
     fn layer<T: Float>(&self, sizes: Sizes) -> Result<(Mat<'_, T>, Mat<'_, T>)> {
+        self.check(sizes)?;
         let (rank, b) = (self.rank(), self.b.dims());
-        let fits = sizes.small() <= self.a.dims()[1] && sizes.large() <= b[0] && sizes.bases() <= b[1];
-        if !fits {
-            let message = format!(
-                "the layer ({} × {}) is larger than the bases, A {} and B {}: make them from all layers' sizes",
-                sizes.outputs,
-                sizes.inputs,
-                self.a.shape(),
-                self.b.shape()
-            );
-            return Err(Error::shape("randlora", message));
-        }
         let a = Mat::new(self.a.elements::<T>()?, rank, self.a.dims()[1]).columns(0, sizes.small());
         let b = Mat::new(self.b.elements::<T>()?, b[0], b[1] * rank);
         Ok((a, b.rows(0, sizes.large()).columns(0, sizes.columns())))

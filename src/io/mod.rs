@@ -1,0 +1,19 @@
+//! Files: safetensors, model folders as Hugging Face writes them, adapter folders as PEFT does.
+//!
+//! What is read may come from anywhere: every number in it is checked before it is used. What is
+//! written is there whole or not at all.
+
+mod checkpoint;
+mod files;
+pub(crate) mod json;
+mod map;
+mod peft;
+mod safetensors;
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub use checkpoint::Checkpoint;
+pub use files::write_whole;
+pub use map::Access;
+pub use peft::{PeftAdapter, PeftConfig, PeftTask, save_peft};
+pub use safetensors::{Entry, FileType, SafeTensors, save_safetensors};

@@ -1,0 +1,254 @@
+//! Adapter folders as Hugging Face PEFT writes and reads them: adapter_config.json and
+//! adapter_model.safetensors.
+//!
+//! | tensor | shape |
+//! |---|---|
+//! | `base_model.model.<layer>.randlora_lambda`, `….randlora_gamma` | λ (r, n), γ (n, m) |
+//! | `base_model.randlora_A`, `base_model.randlora_B`, once for all layers | (r, 1, MIN), (MAX, ⌈MIN/r⌉, r) |
+//! | `base_model.model.<layer>.lora_A.weight`, `….lora_B.weight` | (r, in), (out, r) |
+//! | `base_model.model.<parameter>` of a module that is trained whole | its own |
+//!
+//! MAX and MIN are the largest output and the largest input size of the adapted layers, put in order; a
+//! layer reads A[:, :, :m] and B[:D, :n, :]. Files from before PEFT's change #3714 hold A and B once
+//! for every layer: they are read if all are the same.
+
+mod config;
+mod save;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::adapters::{
+    Attached, LayerInfo, Lora, LoraAdapter, Method, RandLora, RandLoraAdapter, Targets, attach,
+};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::io::map::Access;
+use crate::io::safetensors::SafeTensors;
+use crate::nn::{ItemMut, LinearAdapter, Module, Parameter};
+use crate::ops::randlora::{Bases, Pairing};
+use crate::tensor::Tensor;
+
+pub use config::PeftConfig;
+pub use save::{PeftTask, save_peft};
+
+const ROOT: &str = "base_model.";
+const MODEL: &str = "base_model.model.";
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+
+/// An open adapter folder.
+///
+/// ```no_run
+/// # fn run(model: &mut randlora::nn::Linear) -> randlora::Result<()> {
+/// use randlora::io::PeftAdapter;
+///
+/// let adapter = PeftAdapter::open("sst2-adapter".as_ref())?;
+/// println!("{} of rank {}", adapter.config().method, adapter.config().rank);
+/// adapter.attach(model)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct PeftAdapter {
+    config: PeftConfig,
+    file: SafeTensors,
+    /// The adapted layers, as the file calls them.
+    layers: Vec<String>,
+    /// The parameters of modules that are trained whole.
+    whole: Vec<String>,
+}
+
+/// The ends of the names of an adapter's tensors.
+fn parts(method: &str) -> [&'static str; 2] {
+    match method {
+        "lora" => [".lora_A.weight", ".lora_B.weight"],
+        _ => [".randlora_lambda", ".randlora_gamma"],
+    }
+}
+
+const BASES: [&str; 2] = ["randlora_A", "randlora_B"];
+
+impl PeftAdapter {
+    /// Opens a folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Data`] that name the file; among them an adapter of a method or with a
+    /// setting that this crate does not compute.
+    pub fn open(folder: &Path) -> Result<PeftAdapter> {
+        let fail = |message: &str| Err(Error::data(folder.display().to_string(), message));
+        if !folder.is_dir() {
+            return fail("there is no such folder: an adapter is a folder with adapter_config.json");
+        }
+        if !folder.join(CONFIG).is_file() {
+            return fail("adapter_config.json is missing: this is no adapter folder");
+        }
+        let config = PeftConfig::read(&folder.join(CONFIG))?;
+        let file = SafeTensors::open(&folder.join(TENSORS), Access::Read)?;
+        let (mut layers, mut whole) = (BTreeSet::new(), Vec::new());
+        for (key, _) in file.entries() {
+            if BASES.iter().any(|name| key.ends_with(name)) {
+                continue;
+            }
+            let Some(name) = key.strip_prefix(MODEL) else {
+                return Err(Error::data(file.what(), format!("`{key}` does not begin with `{MODEL}`")));
+            };
+            match parts(config.method).iter().find_map(|part| name.strip_suffix(part)) {
+                Some(layer) => drop(layers.insert(layer.to_string())),
+                None => whole.push(name.to_string()),
+            }
+        }
+        if layers.is_empty() {
+            return Err(Error::data(file.what(), format!("there is no layer adapted by {}", config.method)));
+        }
+        Ok(PeftAdapter { config, file, layers: layers.into_iter().collect(), whole })
+    }
+
+    /// What adapter_config.json says.
+    pub fn config(&self) -> &PeftConfig {
+        &self.config
+    }
+
+    /// The adapted layers, as the file calls them.
+    pub fn layers(&self) -> &[String] {
+        &self.layers
+    }
+
+    /// The parameters that the file holds whole, a new classifier's say, with their sizes.
+    pub fn whole(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.whole
+            .iter()
+            .filter_map(|name| Some((name.as_str(), &self.file.entry(&format!("{MODEL}{name}"))?.dims[..])))
+    }
+
+    /// Attaches the adapter to a model, whose other parameters are frozen. Layers are found by their
+    /// whole names, or the last parts of them where the adapter was made for an inner model
+    /// (`encoder.layer.0…` of a model that has `bert.encoder.layer.0…`).
+    ///
+    /// # Errors
+    /// [`Error::NoMatch`] where the model lacks a layer or parameter, [`Error::Data`] where a tensor has
+    /// another shape than the model needs; [`Error::Config`] where a layer has an adapter already.
+    pub fn attach<M: Module + ?Sized>(&self, model: &mut M) -> Result<Attached> {
+        let modules: BTreeSet<&str> = self.whole.iter().map(|name| module_of(name)).collect();
+        let modules: Vec<&str> = modules.into_iter().collect();
+        let values = self.whole_values(model)?;
+        let attached = attach(model, self, &Targets::Names(self.layers.clone()), &modules)?;
+        model.try_visit_mut(&mut |name, item| match (item, values.get(name)) {
+            (ItemMut::Parameter(parameter), Some(value)) => parameter.replace(value.clone()),
+            _ => Ok(()),
+        })?;
+        Ok(attached)
+    }
+
+    /// The values of the parameters that the file holds whole, by the model's names.
+    fn whole_values<M: Module + ?Sized>(&self, model: &M) -> Result<BTreeMap<String, Tensor>> {
+        let parameters: BTreeMap<String, &Parameter> = model.parameters().into_iter().collect();
+        let mut values = BTreeMap::new();
+        for name in &self.whole {
+            let Some(parameter) = parameters.get(name) else {
+                let available = parameters.into_keys().collect();
+                return Err(Error::NoMatch { wanted: format!("`{name}` of the adapter"), available });
+            };
+            let value = parameter.value();
+            let dtype = if value.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+            values.insert(name.clone(), self.tensor(name, value.dims(), dtype, value.device())?);
+        }
+        // What is trained whole is saved whole.
+        let modules: BTreeSet<&str> = self.whole.iter().map(|name| module_of(name)).collect();
+        let missing = |name: &&String| modules.contains(module_of(name)) && !values.contains_key(*name);
+        match parameters.keys().find(missing) {
+            Some(name) => Err(Error::data(self.file.what(), format!("`{MODEL}{name}` is missing"))),
+            None => Ok(values),
+        }
+    }
+
+    /// The tensor of a name within the model, if it has these sizes.
+    fn tensor(&self, name: &str, dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let value = self.file.tensor(&format!("{MODEL}{name}"), device)?;
+        if value.dims() != dims {
+            let message = format!("`{name}` is {:?} where the model needs {dims:?}", value.dims());
+            return Err(Error::data(self.file.what(), message));
+        }
+        value.to_dtype(dtype)
+    }
+
+    /// What the file calls a layer of the model.
+    fn name_of(&self, layer: &str) -> Option<&str> {
+        let fits = |name: &&String| Targets::names(&[name]).matches(layer);
+        self.layers.iter().filter(fits).max_by_key(|name| name.len()).map(String::as_str)
+    }
+
+    /// The bases, stored once or once for every layer.
+    fn bases(&self, device: &Device) -> Result<Bases> {
+        let [a, b] = BASES.map(|name| self.base(name, device));
+        let (a, b) = (a?, b?);
+        let &[rank, 1, small] = a.dims() else {
+            let message = format!("randlora_A is {:?}, not (r, 1, MIN)", a.dims());
+            return Err(Error::data(self.file.what(), message));
+        };
+        Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft)
+    }
+
+    fn base(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let keys: Vec<&str> =
+            self.file.entries().map(|(key, _)| key).filter(|key| key.ends_with(name)).collect();
+        let once = format!("{ROOT}{name}");
+        let Some(first) = keys.iter().find(|key| **key == once).or(keys.first()) else {
+            return Err(Error::data(self.file.what(), format!("`{once}` is missing")));
+        };
+        let values = self.file.tensor(first, device)?.to_dtype(DType::F32)?;
+        for key in &keys {
+            let other = self.file.tensor(key, device)?.to_dtype(DType::F32)?;
+            if other.dims() != values.dims() || other.to_vec::<f32>()? != values.to_vec::<f32>()? {
+                return Err(Error::data(
+                    self.file.what(),
+                    format!("`{key}` and `{first}` differ: all layers share them"),
+                ));
+            }
+        }
+        Ok(values)
+    }
+}
+
+/// The module of a parameter.
+fn module_of(parameter: &str) -> &str {
+    parameter.rsplit_once('.').map_or(parameter, |(module, _)| module)
+}
+
+impl Method for PeftAdapter {
+    fn name(&self) -> &'static str {
+        self.config.method
+    }
+
+    fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
+        let Some(first) = layers.first() else { return Ok(Some(vec![])) };
+        let PeftConfig { rank, scale, dropout, .. } = self.config;
+        let bases = if self.config.method == "randlora" { Some(self.bases(&first.device)?) } else { None };
+        let bases = bases.map(|b| b.to_dtype(first.dtype)).transpose()?.map(Arc::new);
+        let one = |layer: &LayerInfo| {
+            let mut adapter: Box<dyn LinearAdapter> = match &bases {
+                Some(bases) => {
+                    let settings =
+                        RandLora { rank, scale, dropout, pairing: Pairing::Peft, ..RandLora::default() };
+                    Box::new(RandLoraAdapter::new(&settings, layer, bases.clone())?)
+                }
+                None => Box::new(LoraAdapter::new(&Lora { rank, scale, dropout, seed: 0 }, layer)?),
+            };
+            let name = self.name_of(&layer.name).unwrap_or(&layer.name).to_string();
+            for ((_, parameter), part) in adapter.parameters_mut().into_iter().zip(parts(self.config.method))
+            {
+                let dims = parameter.value().dims().to_vec();
+                parameter.replace(self.tensor(
+                    &format!("{name}{part}"),
+                    &dims,
+                    layer.dtype,
+                    &layer.device,
+                )?)?;
+            }
+            Ok(adapter)
+        };
+        layers.iter().map(one).collect::<Result<_>>().map(Some)
+    }
+}
