@@ -24,6 +24,19 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// The activation that transformers' configurations (`hidden_act`) call by this name; None for a
+    /// name that stands for no activation here.
+    pub fn by_name(name: &str) -> Option<Activation> {
+        match name {
+            "relu" => Some(Activation::Relu),
+            "gelu" | "gelu_python" => Some(Activation::Gelu),
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Some(Activation::GeluTanh),
+            "silu" | "swish" => Some(Activation::Silu),
+            "tanh" => Some(Activation::Tanh),
+            _ => None,
+        }
+    }
+
     /// The function of every element of x.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
         match self {
@@ -225,6 +238,19 @@ mod tests {
             dropout: 0.1,
             names,
         }
+    }
+
+    #[test]
+    fn activations_by_name() {
+        let x = Tensor::from_vec(vec![1.0], [1], &Device::cpu()).unwrap();
+        let at_one = |name| Activation::by_name(name).map(|a| a.forward(&x).unwrap().item().unwrap());
+        // Φ(1) and 1/(1 + 1/e); the form by tanh differs from Φ in the fourth digit.
+        let close = |name, want: f64| at_one(name).is_some_and(|y| (y - want).abs() < 1e-6);
+        assert!(["gelu", "gelu_python"].into_iter().all(|name| close(name, 0.8413447)));
+        assert!(["gelu_new", "gelu_fast", "gelu_pytorch_tanh"].into_iter().all(|n| close(n, 0.8411920)));
+        assert!(["silu", "swish"].into_iter().all(|name| close(name, 0.7310586)));
+        assert!(close("tanh", 0.7615942) && close("relu", 1.0));
+        assert_eq!((at_one("quick_gelu"), at_one("GELU"), at_one("")), (None, None, None));
     }
 
     #[test]

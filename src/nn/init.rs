@@ -26,22 +26,34 @@ pub struct Init {
     device: Device,
     seed: Option<u64>,
     path: String,
+    linear_std: Option<f64>,
 }
 
 impl Init {
     /// Values in f32 from this seed.
     pub fn seeded(seed: u64, device: &Device) -> Init {
-        Init { device: device.clone(), seed: Some(seed), path: String::new() }
+        Init { device: device.clone(), seed: Some(seed), path: String::new(), linear_std: None }
     }
 
     /// Zeros everywhere that take no memory: for a model whose values are read from a file next.
     pub fn blank(device: &Device) -> Init {
-        Init { device: device.clone(), seed: None, path: String::new() }
+        Init { device: device.clone(), seed: None, path: String::new(), linear_std: None }
     }
 
     /// The same for a part of the model.
     pub fn at(&self, name: &str) -> Init {
         Init { path: join(&self.path, name), ..self.clone() }
+    }
+
+    /// The same, but for linear layers, whose weights get this standard deviation instead of
+    /// 1/√inputs: BERT's are all drawn with 0.02.
+    pub fn with_linear_std(self, std: f64) -> Init {
+        Init { linear_std: Some(std), ..self }
+    }
+
+    /// The standard deviation of the weight of a linear layer.
+    pub(crate) fn linear_std(&self, inputs: usize) -> f64 {
+        self.linear_std.unwrap_or(1.0 / (inputs.max(1) as f64).sqrt())
     }
 
     /// Normal with mean 0.

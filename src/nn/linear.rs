@@ -67,9 +67,9 @@ impl Linear {
     }
 
     /// A layer with a normal weight of variance 1/inputs, which keeps the size of what goes through
-    /// it, and a bias of 0.
+    /// it, or of the one that [`Init::with_linear_std`] asks for, and a bias of 0.
     pub fn init(init: &Init, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
-        let std = 1.0 / (inputs.max(1) as f64).sqrt();
+        let std = init.linear_std(inputs);
         let weight = Parameter::new(init.normal("weight", [outputs, inputs], std)?);
         let bias = bias.then(|| init.constant([outputs], 0.0)).transpose()?;
         Linear::new(weight, bias.map(Parameter::new))

@@ -13,6 +13,7 @@ mod linear;
 mod module;
 mod norm;
 mod parameter;
+mod tokens;
 
 pub use attention::{AttentionConfig, MultiHeadAttention};
 pub use block::{Activation, BlockConfig, BlockNames, EncoderBlock, Mlp, NormPlace};
@@ -23,3 +24,4 @@ pub use linear::{Linear, LinearAdapter};
 pub use module::{Item, ItemMut, Module, join};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameter::Parameter;
+pub use tokens::{TokenBatch, TokenIds};

@@ -21,26 +21,11 @@ impl Op for Mse {
     }
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
-        let dtype = compute::same_dtype("mse_loss", x[0], x[1])?;
-        if x[0].shape() != x[1].shape() {
-            let message = format!(
-                "{} and {} differ: give the target the prediction's shape, by `reshape` or `broadcast_to`",
-                x[0].shape(),
-                x[1].shape()
-            );
-            return Err(Error::shape("mse_loss", message));
-        }
-        let n = x[0].numel();
-        if n == 0 {
-            return Err(Error::shape(
-                "mse_loss",
-                format!("{} has no elements, and nothing has no mean", x[0].shape()),
-            ));
-        }
+        let n = count_pairs("mse_loss", x[0], x[1])?;
         let (a, b) = (compute::contiguous(x[0])?, compute::contiguous(x[1])?);
-        dispatch!("mse_loss", dtype, T => {
+        dispatch!("mse_loss", a.dtype(), T => {
             let sum = fold_zip_parallel(a.elements::<T>()?, b.elements()?, Sum, |x, t| (x - t) * (x - t));
-            let y = Tensor::scalar(sum.to_f64() / n as f64, dtype, x[0].device())?;
+            let y = Tensor::scalar(sum.to_f64() / n as f64, a.dtype(), a.device())?;
             Ok((y, vec![]))
         })
     }
@@ -65,6 +50,23 @@ impl Op for Mse {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::inputs(&[0, 1])
+    }
+}
+
+/// The number of elements of a prediction and of its target, which have one shape and one type.
+pub(super) fn count_pairs(op: &'static str, x: &Tensor, target: &Tensor) -> Result<usize> {
+    compute::same_dtype(op, x, target)?;
+    if x.shape() != target.shape() {
+        let message = format!(
+            "{} and {} differ: give the target the prediction's shape, by `reshape` or `broadcast_to`",
+            x.shape(),
+            target.shape()
+        );
+        return Err(Error::shape(op, message));
+    }
+    match x.numel() {
+        0 => Err(Error::shape(op, format!("{} has no elements, and nothing has no mean", x.shape()))),
+        n => Ok(n),
     }
 }
 

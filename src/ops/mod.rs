@@ -6,6 +6,7 @@
 pub(crate) mod activation;
 pub(crate) mod arithmetic;
 pub(crate) mod attention;
+pub(crate) mod binary_cross_entropy;
 #[cfg(test)]
 pub(crate) mod cases;
 pub(crate) mod cast;
@@ -29,6 +30,7 @@ pub(crate) fn cases() -> Vec<cases::Case> {
         activation::cases(),
         arithmetic::cases(),
         attention::cases(),
+        binary_cross_entropy::cases(),
         cast::cases(),
         concat::cases(),
         dropout::cases(),
