@@ -182,6 +182,7 @@ mod dtype;
 mod error;
 mod grad;
 pub mod gradcheck;
+pub mod metrics;
 pub mod models;
 pub mod nn;
 mod ops;

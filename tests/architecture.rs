@@ -17,7 +17,7 @@ const LAYERS: &[&[&str]] = &[
     &["gradcheck"],
     &["adapters"],
     &["models"],
-    &["analysis", "optim", "data"],
+    &["analysis", "metrics", "optim", "data"],
     &["train"],
     &["cli", "main"],
 ];
