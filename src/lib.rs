@@ -183,6 +183,7 @@ mod error;
 mod grad;
 pub mod gradcheck;
 pub mod io;
+pub mod metrics;
 pub mod models;
 pub mod nn;
 mod ops;

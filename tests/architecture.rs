@@ -18,7 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["adapters"],
     &["io"],
     &["models"],
-    &["analysis", "optim", "data"],
+    &["analysis", "metrics", "optim", "data"],
     &["train"],
     &["cli", "main"],
 ];
