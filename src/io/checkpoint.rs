@@ -81,6 +81,11 @@ impl Checkpoint {
         self.places.iter().filter_map(|(name, &i)| Some((name.as_str(), self.files[i].entry(name)?)))
     }
 
+    /// The sizes of a tensor's dimensions, if there is one of that name.
+    pub fn sizes(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.files[*self.places.get(name)?].entry(name)?.dims)
+    }
+
     /// Whether there is a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
         self.places.contains_key(name)

@@ -1,7 +1,9 @@
 //! Whole models.
 
 mod bert;
+mod load;
 mod vit;
 
-pub use bert::{Bert, BertConfig};
+pub use bert::{Bert, BertConfig, BertLoad};
+pub use load::Loaded;
 pub use vit::{Vit, VitConfig};

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::io::{Checkpoint, json::Object};
 use crate::models::bert::{Bert, BertConfig};
 use crate::models::load::{Loaded, load};
-use crate::nn::{Activation, Init};
+use crate::nn::{Activation, Init, ItemMut, Module};
 
 /// What [`Bert::load`] makes beside what the checkpoint holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,7 +34,9 @@ impl BertConfig {
         };
         let position = file.text("position_embedding_type")?.unwrap_or("absolute");
         if position != "absolute" {
-            return Err(file.error(format!("`position_embedding_type` is {position}: only absolute is known here")));
+            return Err(
+                file.error(format!("`position_embedding_type` is {position}: only absolute is known here"))
+            );
         }
         if file.flag("is_decoder")?.unwrap_or(false) {
             return Err(file.error("`is_decoder` is true: this is no encoder"));
@@ -50,7 +52,9 @@ impl BertConfig {
             activation,
             eps: file.number("layer_norm_eps")?.unwrap_or(default.eps),
             dropout: file.number("hidden_dropout_prob")?.unwrap_or(default.dropout),
-            attention_dropout: file.number("attention_probs_dropout_prob")?.unwrap_or(default.attention_dropout),
+            attention_dropout: file
+                .number("attention_probs_dropout_prob")?
+                .unwrap_or(default.attention_dropout),
             classifier_dropout: file.number("classifier_dropout")?,
             pad: file.size("pad_token_id")?.unwrap_or(0).try_into().unwrap_or(u32::MAX),
             labels: checkpoint.sizes("classifier.bias").map_or(0, |sizes| sizes.iter().product()),
@@ -74,7 +78,7 @@ fn check_family(file: &Object) -> Result<()> {
 }
 
 impl Bert {
-    /// A model with the values of a checkpoint, in eight bits or more as they are stored. A pooler or
+    /// A model with the values of a checkpoint; its matrices stay in the type they are stored in. A pooler or
     /// classifier that the checkpoint lacks is new; what else is missing is an error.
     ///
     /// ```no_run
@@ -97,16 +101,29 @@ impl Bert {
         let config = BertConfig { labels: wanted.labels.unwrap_or(stored.labels), ..stored };
         let mut model = Bert::init(&Init::blank(device), config)?;
         let new_classifier = config.labels != stored.labels;
-        let fresh = |name: &str| name.starts_with("bert.pooler.") || name.starts_with("classifier.");
+        let may_be_fresh = |name: &str| name.starts_with("bert.pooler.") || name.starts_with("classifier.");
         let names = |name: &str| match new_classifier && name.starts_with("classifier.") {
             true => vec![],
             false => names(name),
         };
-        let loaded = load(&mut model, checkpoint, device, names, fresh)?;
-        if !loaded.fresh.is_empty() {
-            model.renew(&Init::seeded(wanted.seed, device), &loaded.fresh)?;
-        }
+        let loaded = load(&mut model, checkpoint, device, names, may_be_fresh)?;
+        model.draw(&loaded.fresh, &Init::seeded(wanted.seed, device))?;
         Ok((model, loaded))
+    }
+
+    /// First values for these of the pooler's and the classifier's parameters.
+    fn draw(&mut self, fresh: &[String], init: &Init) -> Result<()> {
+        let std = self.config.std;
+        self.try_visit_mut(&mut |name, item| match item {
+            ItemMut::Parameter(parameter) if fresh.iter().any(|f| f == name) => {
+                let shape = *parameter.value().shape();
+                parameter.replace(match name.ends_with(".bias") {
+                    true => init.constant(shape, 0.0)?,
+                    false => init.normal(name, shape, std)?,
+                })
+            }
+            _ => Ok(()),
+        })
     }
 }
 
@@ -114,6 +131,8 @@ impl Bert {
 /// as the first checkpoints, converted from TensorFlow, call the parts of a norm.
 fn names(name: &str) -> Vec<String> {
     let inner = name.strip_prefix("bert.").unwrap_or(name);
-    let old = |name: &str| name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
+    let old = |name: &str| {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    };
     vec![name.into(), inner.into(), old(name), old(inner)]
 }

@@ -1,5 +1,7 @@
 //! BERT, the encoder of text.
 
+mod load;
+
 use crate::error::{Error, Result};
 use crate::nn::{
     Activation, AttentionConfig, BlockConfig, BlockNames, Context, Embedding, EncoderBlock, Init, LayerNorm,
@@ -7,6 +9,8 @@ use crate::nn::{
 };
 use crate::ops::index::Ids;
 use crate::tensor::Tensor;
+
+pub use load::BertLoad;
 
 /// The sizes and the kind of a [`Bert`]. The default is `bert-base-uncased` with two labels, the
 /// default of transformers' `BertConfig`, whose names for the fields stand in parentheses.
