@@ -113,7 +113,7 @@ pub fn micro_f1(predictions: &[bool], labels: &[bool]) -> Result<f64> {
 pub fn subset_accuracy(predictions: &[bool], labels: &[bool], classes: usize) -> Result<f64> {
     let what = "subset accuracy";
     same_length(what, predictions.len(), labels.len())?;
-    if classes == 0 || labels.len() % classes != 0 {
+    if !labels.len().is_multiple_of(classes) {
         return Err(Error::data(
             what,
             format!("{} decisions are not rows of {classes} classes", labels.len()),

@@ -4,7 +4,11 @@
 //! failure, with one line that says what is wrong.
 
 mod demo;
+#[allow(dead_code)]
+mod labels;
 mod progress;
+#[allow(dead_code)]
+mod table;
 
 use std::process::ExitCode;
 
