@@ -126,12 +126,7 @@ pub fn attach<M: Module + ?Sized>(
     targets: &Targets,
     also_train: &[&str],
 ) -> Result<Attached> {
-    let parameters: Vec<String> = model.parameters().into_iter().map(|(name, _)| name).collect();
-    for part in also_train {
-        if !parameters.iter().any(|name| belongs_to(name, part)) {
-            return Err(Error::NoMatch { wanted: format!("`{part}`"), available: parameters });
-        }
-    }
+    check_parts(model, also_train)?;
     let whole = |name: &str| also_train.iter().any(|part| belongs_to(name, part));
     let layers: Vec<LayerInfo> = model
         .linears()
@@ -162,6 +157,25 @@ pub fn attach<M: Module + ?Sized>(
         ItemMut::Parameter(_) => Ok(()),
     })?;
     Ok(report(model, layers.into_iter().map(|layer| layer.name).collect()))
+}
+
+/// Trains these parts of the model and nothing else of it: a classifier on a frozen model, say. Names are
+/// of modules or parameters, as in [`Targets::Names`].
+///
+/// # Errors
+/// [`Error::NoMatch`] where a name matches nothing.
+pub fn train_only<M: Module + ?Sized>(model: &mut M, parts: &[&str]) -> Result<Attached> {
+    check_parts(model, parts)?;
+    train(model, |name| parts.iter().any(|part| belongs_to(name, part)))?;
+    Ok(report(model, vec![]))
+}
+
+fn check_parts<M: Module + ?Sized>(model: &M, parts: &[&str]) -> Result<()> {
+    let parameters: Vec<String> = model.parameters().into_iter().map(|(name, _)| name).collect();
+    match parts.iter().find(|part| !parameters.iter().any(|name| belongs_to(name, part))) {
+        Some(part) => Err(Error::NoMatch { wanted: format!("`{part}`"), available: parameters }),
+        None => Ok(()),
+    }
 }
 
 /// Trains these parameters and no others. Those that are stored in a narrow type are widened to f32,

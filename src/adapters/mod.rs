@@ -9,7 +9,7 @@ mod full;
 mod lora;
 mod randlora;
 
-pub use attach::{Attached, LayerInfo, Method, Settings, Targets, attach, by_name};
+pub use attach::{Attached, LayerInfo, Method, Settings, Targets, attach, by_name, train_only};
 pub use bases::{BasesSpec, Distribution};
 pub use full::Full;
 pub use lora::{Lora, LoraAdapter};

@@ -67,8 +67,13 @@ impl LabelSet {
         &self.names
     }
 
-    /// The class of an example. A number k is also class k of a checkpoint that calls it `LABEL_k`,
-    /// which is what transformers writes where nobody named the classes.
+    /// Whether these are the same classes, in any order.
+    pub(crate) fn same_names(&self, names: &[String]) -> bool {
+        names.len() == self.names.len() && names.iter().all(|name| self.places.contains_key(name))
+    }
+
+    /// The class of an example. A number k is also class k where no class is called by a number: data
+    /// sets often have numbers where checkpoints have names (`LABEL_1`, `POSITIVE`).
     ///
     /// # Errors
     /// [`Error::Data`] with file and line where there is not one label, or one of another set.
@@ -90,8 +95,11 @@ impl LabelSet {
     }
 
     fn place(&self, path: &Path, example: &Example, name: &str) -> Result<usize> {
-        let place = self.places.get(name).or_else(|| self.places.get(&format!("LABEL_{name}")));
-        place.copied().ok_or_else(|| {
+        let by_number = || {
+            let numbered = self.names.iter().any(|name| name.parse::<i64>().is_ok());
+            name.parse().ok().filter(|&place: &usize| !numbered && place < self.names.len())
+        };
+        self.places.get(name).copied().or_else(by_number).ok_or_else(|| {
             let names: Vec<String> = self.names.iter().take(20).map(|name| short(name)).collect();
             let more = if self.names.len() > 20 { ", …" } else { "" };
             let message = format!("label `{}` is not among: {}{more}", short(name), names.join(", "));

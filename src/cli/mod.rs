@@ -3,12 +3,21 @@
 //! Results go to standard output and nothing else does. Exit code 0 on success, 2 on misuse, 1 on
 //! failure, with one line that says what is wrong.
 
+mod about;
+mod columns;
 mod demo;
-#[allow(dead_code)]
+mod encode;
+mod eval;
+mod finetune;
 mod labels;
+mod model;
+mod output;
+mod plot;
+mod predict;
 mod progress;
-#[allow(dead_code)]
 mod table;
+mod targets;
+mod task;
 
 use std::process::ExitCode;
 
@@ -24,6 +33,9 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Finetune(Box<finetune::Args>),
+    Eval(eval::Args),
+    Predict(predict::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -31,13 +43,16 @@ enum Command {
 }
 
 /// Why a command failed, in one line.
-type Failure = Box<dyn std::error::Error>;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Runs what the arguments ask for.
 pub(crate) fn run() -> ExitCode {
     // Prints help, the version or what is wrong with the arguments (exit code 2), and ends there.
     let args = Args::parse();
     let result = match args.command {
+        Command::Finetune(args) => finetune::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Predict(args) => predict::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoMethod(args) => demo::run_method(&args),
     };

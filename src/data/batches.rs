@@ -36,7 +36,13 @@ pub struct Batches {
     rows: Vec<usize>,
     size: usize,
     seed: u64,
+    /// The length of each of `rows`, where batches are of examples of similar length.
+    lengths: Option<Vec<usize>>,
 }
+
+/// The batches over which examples are sorted by length: many enough that lengths in a batch are
+/// alike, few enough that batches differ from epoch to epoch.
+const WINDOW: usize = 50;
 
 impl Batches {
     /// Of the examples 0..n, `size` at a time.
@@ -52,7 +58,20 @@ impl Batches {
         if size == 0 {
             return Err(Error::config("batch size", "a batch of 0 examples teaches nothing: use at least 1"));
         }
-        Ok(Batches { rows, size, seed })
+        Ok(Batches { rows, size, seed, lengths: None })
+    }
+
+    /// The same with examples of similar length in each batch, so that little of it is padding: the
+    /// shuffled examples are sorted over windows of 50 batches, and these batches shuffled again.
+    ///
+    /// # Errors
+    /// [`Error::Config`] unless there is a length for each example.
+    pub fn grouped(self, lengths: Vec<usize>) -> Result<Batches> {
+        if lengths.len() != self.rows.len() {
+            let message = format!("{} lengths for {} examples", lengths.len(), self.rows.len());
+            return Err(Error::config("lengths", message));
+        }
+        Ok(Batches { lengths: Some(lengths), ..self })
     }
 
     /// The number of batches in an epoch.
@@ -67,8 +86,24 @@ impl Batches {
 
     /// The numbers of the examples of each batch of an epoch.
     pub fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
-        let order = permutation(self.rows.len(), random::mix(self.seed, epoch as u64));
-        order.chunks(self.size).map(|batch| batch.iter().map(|&i| self.rows[i]).collect()).collect()
+        let seed = random::mix(self.seed, epoch as u64);
+        let mut order = permutation(self.rows.len(), seed);
+        let mut batches: Vec<&[usize]> = Vec::new();
+        if let Some(lengths) = &self.lengths {
+            for window in order.chunks_mut(self.size.saturating_mul(WINDOW)) {
+                window.sort_by_key(|&i| std::cmp::Reverse(lengths[i]));
+            }
+        }
+        for (i, window) in order.chunks(self.size.saturating_mul(WINDOW)).enumerate() {
+            let start = batches.len();
+            batches.extend(window.chunks(self.size));
+            if self.lengths.is_some() {
+                let sorted = batches.split_off(start);
+                let places = permutation(sorted.len(), random::mix(seed, i as u64 + 1));
+                batches.extend(places.into_iter().map(|place| sorted[place]));
+            }
+        }
+        batches.into_iter().map(|batch| batch.iter().map(|&i| self.rows[i]).collect()).collect()
     }
 }
 
@@ -90,6 +125,28 @@ mod tests {
         assert_eq!((seen, batches.len()), (vec![5, 7, 9], 2));
         assert!(Batches::new(0, 4, 0).unwrap().epoch(0).is_empty());
         assert!(matches!(Batches::new(4, 0, 0), Err(Error::Config { .. })));
+    }
+
+    #[test]
+    fn grouped_batches_are_of_similar_lengths() {
+        let lengths: Vec<usize> = (0..1000).map(|i| (i * 37) % 101).collect();
+        let plain = Batches::new(1000, 8, 1).unwrap();
+        let grouped = plain.clone().grouped(lengths.clone()).unwrap();
+        let padding = |batches: &Batches, epoch| -> usize {
+            let longest = |batch: &Vec<usize>| batch.iter().map(|&i| lengths[i]).max().unwrap() * batch.len();
+            batches.epoch(epoch).iter().map(longest).sum::<usize>() - lengths.iter().sum::<usize>()
+        };
+        assert!(padding(&grouped, 0) * 5 < padding(&plain, 0));
+        assert_ne!(grouped.epoch(0), grouped.epoch(1));
+        assert_eq!(grouped.epoch(3), grouped.epoch(3));
+        assert_eq!(grouped.epoch(0).len(), plain.len());
+        let mut seen = grouped.epoch(2).concat();
+        seen.sort();
+        assert_eq!(seen, (0..1000).collect::<Vec<_>>());
+        // Not from the longest to the shortest.
+        let first = grouped.epoch(0)[..20].iter().map(|batch| lengths[batch[0]]).collect::<Vec<_>>();
+        assert!(first.windows(2).any(|w| w[0] < w[1]) && first.windows(2).any(|w| w[0] > w[1]));
+        assert!(plain.grouped(vec![1]).is_err());
     }
 
     #[test]

@@ -76,6 +76,24 @@ impl Checkpoint {
         &self.config
     }
 
+    /// What the model's outputs are called (`id2label` of config.json), in order; empty where config.json
+    /// does not say.
+    pub fn labels(&self) -> Result<Vec<String>> {
+        let mut numbered = Vec::new();
+        for (number, name) in self.config.table("id2label")?.unwrap_or_default() {
+            let number: usize =
+                number.parse().map_err(|_| self.config.error(format!("`id2label` has `{number}`")))?;
+            numbered.push((number, name.to_string()));
+        }
+        numbered.sort();
+        Ok(numbered.into_iter().map(|(_, name)| name).collect())
+    }
+
+    /// What the outputs were trained as (`problem_type` of config.json), if config.json says so.
+    pub fn problem(&self) -> Result<Option<&str>> {
+        self.config.text("problem_type")
+    }
+
     /// All tensors with their names, in the names' order.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
         self.places.iter().filter_map(|(name, &i)| Some((name.as_str(), self.files[i].entry(name)?)))

@@ -42,6 +42,11 @@ impl Object {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
+    /// All fields.
+    pub(crate) fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
     fn typed<'a, T>(
         &'a self,
         name: &str,

@@ -24,6 +24,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::Failure;
+use super::output::peak_memory;
 use super::progress::Progress;
 use experiment::{Experiment, METHODS, Method, SEEDS, numbers};
 
@@ -151,12 +152,4 @@ pub(crate) fn run_method(args: &MethodArgs) -> Result<(), Failure> {
     println!("{}", json!({ "steps": waiting }));
     println!("{}", report::outcome(method.name, &outcome, peak_memory()));
     Ok(())
-}
-
-/// The largest resident size of this process so far in bytes, where the system tells it.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use randlora::io::write_whole;
 use serde_json::{Value, json};
 
 use super::experiment::Outcome;
@@ -41,17 +42,7 @@ pub(super) fn outcome(name: &str, outcome: &Outcome, peak_bytes: Option<u64>) ->
 /// Writes the numbers, whole or not at all.
 pub(super) fn write(results: &Value, path: &Path) -> Result<PathBuf, Failure> {
     let text = serde_json::to_string_pretty(results)?;
-    whole(path, text.as_bytes())
-}
-
-/// Writes a file under another name first, so that a full disk leaves no half of it.
-pub(super) fn whole(path: &Path, bytes: &[u8]) -> Result<PathBuf, Failure> {
-    let temporary = path.with_extension("partial");
-    std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path)).map_err(|e| {
-        // What is left of it is of no use; that it cannot be removed either is no news.
-        let _ = std::fs::remove_file(&temporary);
-        format!("{}: {e}", path.display())
-    })?;
+    write_whole(path, |out| out.write_all(text.as_bytes()))?;
     Ok(path.to_path_buf())
 }
 

@@ -10,8 +10,7 @@ use crate::nn::{Activation, Init, ItemMut, Module};
 /// What [`Bert::load`] makes beside what the checkpoint holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BertLoad {
-    /// The classifier's outputs; None for as many as the checkpoint's classifier has, or no classifier
-    /// where it has none. Another number than the checkpoint's makes a new classifier.
+    /// The outputs of a new classifier; None for the checkpoint's own, or none where it has none.
     pub labels: Option<usize>,
     /// What the first values of new parts follow from.
     pub seed: u64,
@@ -100,9 +99,8 @@ impl Bert {
         let stored = BertConfig::of(checkpoint)?;
         let config = BertConfig { labels: wanted.labels.unwrap_or(stored.labels), ..stored };
         let mut model = Bert::init(&Init::blank(device), config)?;
-        let new_classifier = config.labels != stored.labels;
         let may_be_fresh = |name: &str| name.starts_with("bert.pooler.") || name.starts_with("classifier.");
-        let names = |name: &str| match new_classifier && name.starts_with("classifier.") {
+        let names = |name: &str| match wanted.labels.is_some() && name.starts_with("classifier.") {
             true => vec![],
             false => names(name),
         };

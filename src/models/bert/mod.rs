@@ -1,6 +1,7 @@
 //! BERT, the encoder of text.
 
 mod load;
+mod save;
 
 use crate::error::{Error, Result};
 use crate::nn::{
@@ -11,6 +12,7 @@ use crate::ops::index::Ids;
 use crate::tensor::Tensor;
 
 pub use load::BertLoad;
+pub use save::Head;
 
 /// The sizes and the kind of a [`Bert`]. The default is `bert-base-uncased` with two labels, the
 /// default of transformers' `BertConfig`, whose names for the fields stand in parentheses.

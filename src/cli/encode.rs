@@ -1,0 +1,88 @@
+//! From texts to tokens.
+
+use std::path::{Path, PathBuf};
+
+use randlora::nn::TokenIds;
+use randlora::Result;
+use tokenizers::{Tokenizer, TruncationParams, TruncationStrategy};
+
+use super::table::{Example, Input, wrong, wrong_at};
+
+/// A model's tokenizer. Without one, examples have to bring their tokens.
+#[derive(Debug)]
+pub(crate) struct Encoder {
+    tokenizer: Option<Tokenizer>,
+    path: PathBuf,
+    max_length: usize,
+}
+
+impl Encoder {
+    /// The tokenizer of a model folder, for texts of at most so many tokens.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a malformed tokenizer.json. That there is none is an error when a text comes.
+    pub(crate) fn open(folder: &Path, max_length: usize) -> Result<Encoder> {
+        let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            return Ok(Encoder { tokenizer: None, path, max_length });
+        }
+        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| wrong(&path, one_line(e)))?;
+        let truncation =
+            TruncationParams { max_length, strategy: TruncationStrategy::LongestFirst, ..Default::default() };
+        // Its own settings may pad all texts to one length.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(Some(truncation)).map_err(|e| wrong(&path, one_line(e)))?;
+        Ok(Encoder { tokenizer: Some(tokenizer), path, max_length })
+    }
+
+    /// The tokens of all examples of a file.
+    ///
+    /// # Errors
+    /// [`Error::Data`] with file and line for tokens that are too many or beyond the vocabulary.
+    pub(crate) fn examples(&self, path: &Path, examples: &[Example], vocab: usize) -> Result<Vec<TokenIds>> {
+        let one = |example: &Example| match &example.input {
+            Input::Text { first, second } => self.text(first, second.as_deref()),
+            Input::Ids { input_ids, attention_mask, token_type_ids } => {
+                if input_ids.len() > self.max_length {
+                    let (found, limit) = (input_ids.len(), self.max_length);
+                    return Err(wrong_at(
+                        path,
+                        example.line,
+                        format!("{found} `input_ids` where at most {limit} fit"),
+                    ));
+                }
+                if let Some(id) = input_ids.iter().find(|&&id| id as usize >= vocab) {
+                    let message = format!("the token {id} is not one of the model's {vocab}");
+                    return Err(wrong_at(path, example.line, message));
+                }
+                Ok(TokenIds {
+                    ids: input_ids.clone(),
+                    segments: token_type_ids.clone().unwrap_or_default(),
+                    mask: attention_mask.clone().unwrap_or_default(),
+                })
+            }
+        };
+        examples.iter().map(one).collect()
+    }
+
+    /// The tokens of a text or a pair of them.
+    pub(crate) fn text(&self, first: &str, second: Option<&str>) -> Result<TokenIds> {
+        let Some(tokenizer) = &self.tokenizer else {
+            return Err(wrong(
+                &self.path,
+                "there is no such file: without it, give `input_ids` instead of texts (JSONL)",
+            ));
+        };
+        let encoding = match second {
+            Some(second) => tokenizer.encode_fast((first, second), true),
+            None => tokenizer.encode_fast(first, true),
+        };
+        let encoding = encoding.map_err(|e| wrong(&self.path, one_line(e)))?;
+        let segments = if second.is_some() { encoding.get_type_ids().to_vec() } else { vec![] };
+        Ok(TokenIds { ids: encoding.get_ids().to_vec(), segments, mask: vec![] })
+    }
+}
+
+fn one_line(error: impl std::fmt::Display) -> String {
+    error.to_string().replace('\n', " ")
+}

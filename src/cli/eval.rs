@@ -1,0 +1,77 @@
+//! `randlora eval`: how well a model does on a file.
+
+use std::path::PathBuf;
+
+use randlora::Device;
+use serde_json::{Map, Value, json};
+
+use super::Failure;
+use super::columns::ColumnArgs;
+use super::model::{Classifier, ModelArgs, save_logits};
+use super::output::say;
+use super::table::{self, Labels};
+use super::task::Scores;
+
+/// Evaluate a fine-tuned model on a file of examples.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  randlora eval --model all-MiniLM-L6-v2 --adapter sst2/best --data validation.tsv
+  randlora eval --model sst2-full/best --data validation.tsv --json
+  randlora eval --model all-MiniLM-L6-v2 --adapter sst2/best --data unlabelled.tsv --logits logits.safetensors")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The examples: TSV, CSV or JSONL. With `--logits` they need no labels.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    #[command(flatten)]
+    columns: ColumnArgs,
+    /// Write all logits to this file, as a tensor `logits` (examples, outputs).
+    #[arg(long, value_name = "FILE")]
+    logits: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    args.model.with_threads(|| evaluate(args))?.map_err(Failure::from)
+}
+
+fn evaluate(args: &Args) -> randlora::Result<()> {
+    let device = Device::cpu();
+    let classifier = Classifier::open(&args.model, &device)?;
+    let wanted = if args.logits.is_some() { Labels::IfThere } else { Labels::Needed };
+    let examples = table::read(&args.data, &args.columns.columns(), wanted)?;
+    let labelled = examples.iter().all(|example| example.label.is_some());
+    let answers = if labelled { Some(classifier.about.task.answers(&args.data, &examples)?) } else { None };
+    let texts = classifier.encoder.examples(&args.data, &examples, classifier.model.config().vocab)?;
+    let (logits, outputs) = (classifier.logits(&texts)?, classifier.about.task.outputs());
+    let scores = match answers {
+        Some(answers) => answers.scores(&logits, outputs)?,
+        None => vec![],
+    };
+    if let Some(path) = &args.logits {
+        save_logits(path, logits, outputs)?;
+    }
+    match args.json {
+        true => say(json!(object(&scores, &[("examples", json!(examples.len()))]))),
+        false => say(format_args!("{} examples{}", examples.len(), line(&scores))),
+    }
+}
+
+/// Scores as the fields of an object, after these.
+pub(crate) fn object(scores: &Scores, before: &[(&str, Value)]) -> Map<String, Value> {
+    let before = before.iter().map(|(name, value)| (name.to_string(), value.clone()));
+    before.chain(scores.iter().map(|(name, value)| (name.to_string(), json!(value)))).collect()
+}
+
+/// Scores in one line of text.
+pub(crate) fn line(scores: &Scores) -> String {
+    let one = |(name, value): &(&str, Option<f64>)| match value {
+        Some(value) => format!(", {} {value:.4}", name.replace('_', " ")),
+        None => format!(", {} undefined", name.replace('_', " ")),
+    };
+    scores.iter().map(one).collect()
+}

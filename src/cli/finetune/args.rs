@@ -1,0 +1,217 @@
+//! What `randlora finetune` is told.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::TypedValueParser;
+use randlora::optim::Decay;
+
+use crate::cli::columns::ColumnArgs;
+use crate::cli::model::ModelArgs;
+use crate::cli::task::Kind;
+
+/// Fine-tune a Hugging Face BERT on a file of examples.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  randlora finetune --model all-MiniLM-L6-v2 --train train.tsv --eval validation.tsv --out sst2
+  randlora finetune --model all-MiniLM-L6-v2 --train stsb/train.csv --eval stsb/dev.csv --task regress \\
+      --text 1 --pair 2 --label 3 --no-header --out stsb
+  randlora finetune --model all-MiniLM-L6-v2 --train train.jsonl --method lora --rank 8 --targets all-linear --out lora
+  randlora finetune --model all-MiniLM-L6-v2 --train more.tsv --adapter sst2/best --lr 1e-4 --out sst2-more
+
+What is written to OUT: best and last (adapters as PEFT reads them, with randlora.json; whole models for
+--method full and head), metrics.jsonl, curves.svg.")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The examples to learn from: TSV, CSV or JSONL. JSONL rows may have `input_ids` instead of texts.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) train: PathBuf,
+    /// The examples to evaluate on after each epoch; the best epoch is kept. Without it the last is.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) eval: Option<PathBuf>,
+    /// What is learned: classes or numbers.
+    #[arg(long, value_enum, default_value = "classify")]
+    pub(crate) task: Kind,
+    /// How it is learned. With `--adapter`, that adapter's method goes on.
+    #[arg(long, value_enum, default_value = "randlora", conflicts_with = "adapter")]
+    pub(crate) method: MethodName,
+    /// The folder to write to.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Write into a folder that exists; files of the same names are replaced.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Print the results as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) columns: ColumnArgs,
+    /// What separates several labels in one cell: each example may then have any number of classes.
+    #[arg(long, value_name = "TEXT", help_heading = "Columns")]
+    pub(crate) separator: Option<String>,
+
+    /// The layers to adapt: names or last parts of names with commas between them, `all-linear`, or a
+    /// regular expression for whole names.
+    #[arg(long, default_value = "query,key,value", help_heading = "Adapter", conflicts_with = "adapter")]
+    pub(crate) targets: String,
+    /// r [default: 32 for RandLoRA, where fewer train more; 8 for LoRA].
+    #[arg(long, value_name = "R", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
+    rank: Option<usize>,
+    /// The update is multiplied by alpha/r [default: 20·r for RandLoRA, 2·r for LoRA].
+    #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"])]
+    alpha: Option<f64>,
+    /// The update is multiplied by this.
+    #[arg(long, help_heading = "Adapter", conflicts_with = "adapter")]
+    scale: Option<f64>,
+    /// The share of the adapter's inputs that is dropped in training.
+    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Adapter", conflicts_with = "adapter", value_parser = share)]
+    pub(crate) dropout: f64,
+
+    /// The highest learning rate [default: 3e-4 for RandLoRA, 1e-3 for LoRA, 1e-4 for full, 1e-2 for head].
+    #[arg(long, value_name = "RATE", help_heading = "Training", value_parser = from_zero)]
+    lr: Option<f64>,
+    /// How many times every example is seen.
+    #[arg(long, default_value_t = 3, help_heading = "Training", value_parser = at_least(1))]
+    pub(crate) epochs: usize,
+    /// Examples in a batch.
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Training", value_parser = at_least(1))]
+    pub(crate) batch_size: usize,
+    /// Batches in a step: their gradients add up.
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Training", value_parser = at_least(1))]
+    pub(crate) accumulate: usize,
+    /// The steps over which the learning rate rises: a number of them, or below 1 a share of all.
+    #[arg(long, value_name = "STEPS", default_value = "0.06", help_heading = "Training")]
+    pub(crate) warmup: Warmup,
+    /// What the learning rate does after that.
+    #[arg(long, value_enum, default_value = "linear", help_heading = "Training")]
+    pub(crate) schedule: ScheduleName,
+    /// AdamW's weight decay.
+    #[arg(long, value_name = "W", default_value_t = 0.0, help_heading = "Training", value_parser = from_zero)]
+    pub(crate) weight_decay: f64,
+    /// The largest norm of all gradients; 0 for no limit.
+    #[arg(long, value_name = "NORM", default_value_t = 1.0, help_heading = "Training", value_parser = from_zero)]
+    pub(crate) clip: f64,
+    /// The most tokens of a text; longer ones are cut [default: 128, or what the adapter was trained with].
+    #[arg(long, value_name = "N", help_heading = "Training", value_parser = at_least(3))]
+    pub(crate) max_length: Option<usize>,
+    /// Put texts of similar length into a batch: less padding, so less time.
+    #[arg(long, help_heading = "Training")]
+    pub(crate) group_by_length: bool,
+    /// What all random numbers follow from. The same seed gives the same files.
+    #[arg(long, default_value_t = 0, help_heading = "Training")]
+    pub(crate) seed: u64,
+}
+
+impl Args {
+    /// The method's rank.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank.unwrap_or(if self.method == MethodName::Lora { 8 } else { 32 })
+    }
+
+    /// What the update is multiplied by.
+    pub(crate) fn scale(&self) -> f64 {
+        let default = if self.method == MethodName::Lora { 2.0 } else { 20.0 };
+        self.scale.or(self.alpha.map(|alpha| alpha / self.rank() as f64)).unwrap_or(default)
+    }
+
+    /// The highest learning rate.
+    pub(crate) fn learning_rate(&self) -> f64 {
+        self.lr.unwrap_or(match self.method {
+            MethodName::Randlora => 3e-4,
+            MethodName::Lora => 1e-3,
+            MethodName::Full => 1e-4,
+            MethodName::Head => 1e-2,
+        })
+    }
+}
+
+/// The methods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum MethodName {
+    /// Full-rank updates from random bases: the diagonals and the classifier are trained.
+    Randlora,
+    /// Low-rank updates: two thin matrices for each layer and the classifier are trained.
+    Lora,
+    /// Every number of the model is trained.
+    Full,
+    /// The classifier alone is trained.
+    Head,
+}
+
+impl MethodName {
+    /// The name as it is typed.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            MethodName::Randlora => "randlora",
+            MethodName::Lora => "lora",
+            MethodName::Full => "full",
+            MethodName::Head => "head",
+        }
+    }
+}
+
+/// What the learning rate does after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ScheduleName {
+    /// It stays.
+    Constant,
+    /// A straight line to 0.
+    Linear,
+    /// Half a wave to 0.
+    Cosine,
+}
+
+impl ScheduleName {
+    pub(crate) fn decay(self) -> Decay {
+        match self {
+            ScheduleName::Constant => Decay::Constant,
+            ScheduleName::Linear => Decay::Linear,
+            ScheduleName::Cosine => Decay::Cosine,
+        }
+    }
+}
+
+/// The length of the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Warmup {
+    Steps(usize),
+    Share(f64),
+}
+
+impl Warmup {
+    /// In steps.
+    pub(crate) fn steps(self, total: usize) -> usize {
+        match self {
+            Warmup::Steps(steps) => steps,
+            Warmup::Share(share) => (share * total as f64) as usize,
+        }
+    }
+}
+
+impl FromStr for Warmup {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Warmup, String> {
+        if let Ok(steps) = text.parse() {
+            return Ok(Warmup::Steps(steps));
+        }
+        let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
+        share
+            .map(Warmup::Share)
+            .ok_or("a number of steps, or a share of all from 0 to below 1, is needed".into())
+    }
+}
+
+fn at_least(least: u64) -> impl TypedValueParser<Value = usize> {
+    clap::value_parser!(u64).range(least..).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+fn from_zero(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|x: &f64| x.is_finite() && *x >= 0.0);
+    number.ok_or("a number from 0 is needed".into())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|x| (0.0..1.0).contains(x)).ok_or("a share from 0 to below 1 is needed".into())
+}

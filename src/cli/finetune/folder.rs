@@ -1,0 +1,114 @@
+//! What a training leaves behind.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use randlora::io::{Checkpoint, PeftTask, save_peft};
+use randlora::models::{Bert, Head};
+use randlora::nn::{ItemMut, Module};
+use randlora::{Error, Result, Tensor};
+
+use super::args::Args;
+use crate::cli::about::About;
+use crate::cli::table::wrong;
+
+/// The folder that a training writes to.
+pub(super) struct Folder<'a> {
+    path: PathBuf,
+    checkpoint: &'a Checkpoint,
+    about: About,
+    base: String,
+    name: &'static str,
+}
+
+impl<'a> Folder<'a> {
+    /// Makes the folder.
+    ///
+    /// # Errors
+    /// [`Error::Data`] where it is there already and `--force` was not given.
+    pub(super) fn new(args: &Args, checkpoint: &'a Checkpoint, about: About) -> Result<Folder<'a>> {
+        fs::create_dir_all(&args.out).map_err(|source| Error::Io { path: args.out.clone(), source })?;
+        let base = args.model.model.display().to_string();
+        Ok(Folder { path: args.out.clone(), checkpoint, about, base, name: args.method.name() })
+    }
+
+    /// An error where the folder must not be written to.
+    pub(super) fn check(args: &Args) -> Result<()> {
+        let out = &args.out;
+        if out.exists() && !out.is_dir() {
+            return Err(wrong(out, "this is a file: name a folder to write to"));
+        }
+        let filled = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+        match filled && !args.force {
+            true => Err(wrong(out, "the folder exists: name another one, or write into it with `--force`")),
+            false => Ok(()),
+        }
+    }
+
+    /// A file or folder within.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The method by what it has put into the model.
+    pub(super) fn method(&self, model: &Bert) -> &'static str {
+        let adapter = model.linears().into_iter().find_map(|(_, layer)| Some(layer.adapter()?.method()));
+        adapter.unwrap_or(self.name)
+    }
+
+    /// Saves the model's adapter, or where it has none the whole model.
+    pub(super) fn save(&self, model: &Bert, name: &str) -> Result<()> {
+        let folder = self.path(name);
+        if model.linears().iter().any(|(_, layer)| layer.adapter().is_some()) {
+            let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some(self.base.clone()) };
+            save_peft(model, &folder, &task)?;
+        } else {
+            let labels = self.about.task.labels().map_or(vec![], |labels| labels.names().to_vec());
+            let head = Head { labels, problem: Some(self.about.task.problem().into()) };
+            model.save(self.checkpoint, &head, &folder)?;
+        }
+        self.about.write(&folder)
+    }
+}
+
+/// The last trained values that are known to be good: those of a step that a finite loss came after.
+pub(super) struct Kept {
+    good: (usize, BTreeMap<String, Tensor>),
+    next: Option<(usize, BTreeMap<String, Tensor>)>,
+}
+
+/// Steps from one to the next. The values are shared with the model until it changes them.
+const EVERY: usize = 50;
+
+impl Kept {
+    /// Of a model that is as good as it was given.
+    pub(super) fn of(model: &Bert) -> Kept {
+        Kept { good: (0, trained(model)), next: None }
+    }
+
+    /// To be called after step `step` (0 is the first).
+    pub(super) fn after(&mut self, step: usize, model: &Bert) {
+        if let Some(next) = self.next.take() {
+            self.good = next;
+        }
+        if (step + 1).is_multiple_of(EVERY) {
+            self.next = Some((step + 1, trained(model)));
+        }
+    }
+
+    /// Gives them back to the model, and says after how many steps it had them.
+    pub(super) fn restore(&self, model: &mut Bert) -> Result<usize> {
+        let (steps, values) = &self.good;
+        model.try_visit_mut(&mut |name, item| match (item, values.get(name)) {
+            (ItemMut::Parameter(parameter), Some(value)) => parameter.replace(value.clone()),
+            _ => Ok(()),
+        })?;
+        Ok(*steps)
+    }
+}
+
+fn trained(model: &Bert) -> BTreeMap<String, Tensor> {
+    let parameters = model.parameters().into_iter().filter(|(_, p)| p.is_trainable());
+    parameters.map(|(name, p)| (name, p.value().clone())).collect()
+}

@@ -1,0 +1,267 @@
+//! `randlora finetune`: from a model folder and a table of examples to an adapter.
+
+mod args;
+mod folder;
+mod record;
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use randlora::adapters::{self, Attached, Lora, Method, RandLora};
+use randlora::data::Batches;
+use randlora::io::{Checkpoint, PeftAdapter};
+use randlora::models::{Bert, BertConfig, BertLoad};
+use randlora::nn::TokenIds;
+use randlora::optim::{AdamW, Schedule};
+use randlora::train::{Flow, Progress, Trainer};
+use randlora::{Device, Error, Pairing, Result, nn::Module};
+use serde_json::json;
+
+use super::about::About;
+use super::encode::Encoder;
+use super::labels::LabelSet;
+use super::model::{self, batch};
+use super::output::{peak_memory, say};
+use super::table::{self, Example, Label, Labels, wrong};
+use super::task::{Answers, Kind, Scores, Task};
+use super::{Failure, eval, targets};
+pub(crate) use args::Args;
+use args::MethodName;
+use folder::{Folder, Kept};
+use record::Record;
+
+/// Examples as the model reads them, and what it should say.
+struct Data {
+    texts: Vec<TokenIds>,
+    answers: Answers,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
+    Folder::check(args)?;
+    args.model.with_threads(|| finetune(args))?
+}
+
+fn finetune(args: &Args) -> std::result::Result<(), Failure> {
+    let checkpoint = args.model.checkpoint()?;
+    let config = BertConfig::of(&checkpoint)?;
+    let adapter = args.model.adapter.as_deref().map(PeftAdapter::open).transpose()?;
+    let columns = args.columns.columns();
+    let train = table::read(&args.train, &columns, Labels::Needed)?;
+    let test = args.eval.as_deref().map(|path| table::read(path, &columns, Labels::Needed)).transpose()?;
+
+    let (about, labels) = about(args, &checkpoint, &config, adapter.as_ref(), &train)?;
+    let encoder = Encoder::open(&args.model.model, about.max_length)?;
+    let data = |path, examples: &[Example]| -> Result<Data> {
+        let answers = about.task.answers(path, examples)?;
+        Ok(Data { texts: encoder.examples(path, examples, config.vocab)?, answers })
+    };
+    let train = data(&args.train, &train)?;
+    let test = match (&args.eval, test) {
+        (Some(path), Some(test)) => Some(data(path, &test)?),
+        _ => None,
+    };
+
+    let device = Device::cpu();
+    let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels, seed: args.seed }, &device)?;
+    let attached = match &adapter {
+        Some(adapter) => adapter.attach(&mut model)?,
+        None => attach(args, &mut model)?,
+    };
+    eprintln!("{}: {attached}", method_name(args, adapter.as_ref()));
+    let folder = Folder::new(args, &checkpoint, about)?;
+    let run = Run { args, device, folder, attached, train, test };
+    run.train(model)
+}
+
+/// The task and the length of texts, and the outputs of a new classifier if one is needed.
+fn about(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    config: &BertConfig,
+    adapter: Option<&PeftAdapter>,
+    train: &[Example],
+) -> Result<(About, Option<usize>)> {
+    let longest = |wanted: usize| match wanted > config.positions {
+        true => Err(Error::Config {
+            what: "--max-length",
+            message: format!("{wanted} is more than the model's {} positions", config.positions),
+        }),
+        false => Ok(wanted),
+    };
+    if let (Some(folder), Some(adapter)) = (&args.model.adapter, adapter) {
+        let about = About::read(folder)?
+            .ok_or_else(|| wrong(folder, "randlora.json is missing, so its labels are not known"))?;
+        let classifier = adapter.whole().any(|(name, _)| name == "classifier.weight");
+        let max_length = longest(args.max_length.unwrap_or(about.max_length))?;
+        return Ok((About { max_length, ..about.clone() }, classifier.then(|| about.task.outputs())));
+    }
+    let max_length = longest(args.max_length.unwrap_or(config.positions.min(128)))?;
+    let several = train.iter().any(|e| matches!(e.label, Some(Label::Many(_))));
+    let separator = args.separator.clone().or(several.then(|| ",".into()));
+    let task = match (args.task, separator) {
+        (Kind::Regress, _) => Task::Regress,
+        (Kind::Classify, separator) => {
+            let found = LabelSet::from_examples(&args.train, train, separator.as_deref())?;
+            // A model that was trained for the same classes keeps their order and its classifier.
+            let own = checkpoint.labels()?;
+            let set = match config.labels == own.len() && found.same_names(&own) {
+                true => LabelSet::from_names(own)?,
+                false => found,
+            };
+            match separator {
+                Some(separator) => Task::Several(set, separator),
+                None => Task::Classify(set),
+            }
+        }
+    };
+    let own = checkpoint.labels()?;
+    let keeps = match task.labels() {
+        Some(labels) => config.labels > 0 && labels.names() == own,
+        None => config.labels == 1,
+    };
+    let outputs = task.outputs();
+    Ok((About { task, max_length }, (!keeps).then_some(outputs)))
+}
+
+fn method_name(args: &Args, adapter: Option<&PeftAdapter>) -> &'static str {
+    adapter.map_or(args.method.name(), |adapter| adapter.config().method)
+}
+
+fn attach(args: &Args, model: &mut Bert) -> Result<Attached> {
+    let (rank, scale, dropout, seed) = (args.rank(), args.scale(), args.dropout, args.seed);
+    let method: Box<dyn Method> = match args.method {
+        MethodName::Head => return adapters::train_only(model, &["classifier"]),
+        MethodName::Full => Box::new(adapters::Full),
+        MethodName::Lora => Box::new(Lora { rank, scale, dropout, seed }),
+        MethodName::Randlora => {
+            Box::new(RandLora { rank, scale, dropout, seed, pairing: Pairing::Peft, ..RandLora::default() })
+        }
+    };
+    let layers: Vec<String> = model.linears().into_iter().map(|(name, _)| name).collect();
+    adapters::attach(model, &*method, &targets::parse(&args.targets, &layers)?, &["classifier"])
+}
+
+/// A training that is ready to begin.
+struct Run<'a> {
+    args: &'a Args,
+    device: Device,
+    folder: Folder<'a>,
+    attached: Attached,
+    train: Data,
+    test: Option<Data>,
+}
+
+impl Run<'_> {
+    fn train(self, mut model: Bert) -> std::result::Result<(), Failure> {
+        let args = self.args;
+        let batches = Batches::new(self.train.texts.len(), args.batch_size, args.seed)?;
+        let batches = match args.group_by_length {
+            true => batches.grouped(self.train.texts.iter().map(|text| text.ids.len()).collect())?,
+            false => batches,
+        };
+        let total = batches.len().div_ceil(args.accumulate.max(1)) * args.epochs;
+        let mut trainer = Trainer {
+            schedule: Schedule { warmup: args.warmup.steps(total), decay: args.schedule.decay() },
+            accumulate: args.accumulate,
+            clip: (args.clip > 0.0).then_some(args.clip),
+            seed: args.seed,
+            ..Trainer::new(AdamW::new().weight_decay(args.weight_decay), args.learning_rate(), args.epochs)
+        };
+        let tokens = Cell::new(0usize);
+        let (start, mut kept) = (Instant::now(), Kept::of(&model));
+        let mut record = Record::new(&self.folder, total as u64)?;
+        let mut best: Option<(f64, usize)> = None;
+        let loss = |model: &Bert, rows: &[usize], ctx: &_| {
+            let batch = batch(&self.train.texts, rows, model)?;
+            tokens.set(tokens.get() + batch.ids.as_slice().len());
+            self.train.answers.loss(&model.forward(&batch, ctx)?, rows, &self.device)
+        };
+        let on_step = |model: &Bert, progress: &Progress| {
+            kept.after(progress.step, model);
+            let speed = tokens.get() as f64 / start.elapsed().as_secs_f64().max(1e-9);
+            record.step(progress, speed)?;
+            if progress.epoch_ends {
+                let epoch = progress.epoch + 1;
+                let scores = self.evaluate(model)?;
+                record.epoch(epoch, progress.step, scores.as_ref())?;
+                self.folder.save(model, "last")?;
+                let choose = scores.as_ref().map_or(epoch as f64, choice);
+                if best.is_none_or(|(value, _)| choose > value) {
+                    best = Some((choose, epoch));
+                    self.folder.save(model, "best")?;
+                }
+            }
+            Ok(Flow::Continue)
+        };
+        let trained = trainer.fit(&mut model, &batches, loss, on_step);
+        record.finish();
+        if let Err(error) = trained {
+            let Error::NonFinite { .. } = error else { return Err(error.into()) };
+            let steps = kept.restore(&mut model)?;
+            self.folder.save(&model, "last")?;
+            let place = self.folder.path("last");
+            return Err(format!("{error}; {} has the state after {steps} steps", place.display()).into());
+        }
+        let curves = record.draw()?;
+        self.report(&model, &record, best.map_or(0, |(_, epoch)| epoch), (start, tokens.get()))?;
+        eprintln!(
+            "written: {}",
+            [self.folder.path("best"), self.folder.path("last"), curves]
+                .map(|p| p.display().to_string())
+                .join(", ")
+        );
+        Ok(())
+    }
+
+    /// The loss and the scores on the evaluation file.
+    fn evaluate(&self, model: &Bert) -> Result<Option<(f64, Scores)>> {
+        let Some(test) = &self.test else { return Ok(None) };
+        let outputs = model.config().labels;
+        let logits = model::logits(model, &test.texts, outputs)?;
+        let scores = test.answers.scores(&logits, outputs)?;
+        let rows: Vec<usize> = (0..test.texts.len()).collect();
+        let logits = randlora::Tensor::from_vec(logits, [rows.len(), outputs], &self.device)?;
+        Ok(Some((test.answers.loss(&logits, &rows, &self.device)?.item()?, scores)))
+    }
+
+    fn report(
+        &self,
+        model: &Bert,
+        record: &Record,
+        best: usize,
+        (start, tokens): (Instant, usize),
+    ) -> Result<()> {
+        let seconds = start.elapsed().as_secs_f64();
+        let (of_best, of_last) = (record.scores(best), record.scores(self.args.epochs));
+        let speed = tokens as f64 / seconds.max(1e-9);
+        if self.args.json {
+            let scores = |epoch, scores: Option<&Scores>| {
+                json!(eval::object(scores.unwrap_or(&vec![]), &[("epoch", json!(epoch))]))
+            };
+            return say(json!({
+                "method": self.folder.method(model),
+                "trained_parameters": self.attached.trained,
+                "best": scores(best, of_best),
+                "last": scores(self.args.epochs, of_last),
+                "train_loss": record.last_loss(),
+                "seconds": seconds,
+                "tokens_per_s": speed,
+                "peak_rss_bytes": peak_memory(),
+            }));
+        }
+        let line = |scores: Option<&Scores>| scores.map(eval::line).unwrap_or_default();
+        say(format_args!("best: epoch {best}{}", line(of_best)))?;
+        say(format_args!("last: epoch {}{}", self.args.epochs, line(of_last)))?;
+        let memory = peak_memory().map_or(String::new(), |b| format!(", at most {} MiB", b >> 20));
+        say(format_args!(
+            "{} numbers trained in {seconds:.1} s, {speed:.0} tokens/s{memory}",
+            self.attached.trained
+        ))
+    }
+}
+
+/// What the best state has most of: the first score, or the least loss where that is undefined.
+fn choice((loss, scores): &(f64, Scores)) -> f64 {
+    scores.first().and_then(|(_, value)| *value).unwrap_or(-loss)
+}

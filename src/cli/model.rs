@@ -1,0 +1,150 @@
+//! A model with its adapter, tokenizer and task, ready to be used.
+
+use std::path::{Path, PathBuf};
+
+use randlora::io::{Access, Checkpoint, PeftAdapter};
+use randlora::models::{Bert, BertConfig, BertLoad};
+use randlora::nn::{Context, TokenBatch, TokenIds};
+use randlora::{Device, Error, Result, Tensor};
+
+use super::about::About;
+use super::encode::Encoder;
+use super::labels::LabelSet;
+use super::table::wrong;
+use super::task::Task;
+
+/// Where a model is and how it comes into memory.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// The model's folder: config.json, model.safetensors, tokenizer.json.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// An adapter's folder, as this program or PEFT wrote it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// Read the model's tensors instead of mapping the file: for network file systems.
+    #[arg(long)]
+    pub(crate) no_mmap: bool,
+    /// The threads to compute with; all cores by default. The results are the same for any number.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// Opens the model folder.
+    pub(crate) fn checkpoint(&self) -> Result<Checkpoint> {
+        Checkpoint::open(&self.model, if self.no_mmap { Access::Read } else { Access::Map })
+    }
+
+    /// Runs `f` with the threads that were asked for.
+    pub(crate) fn with_threads<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
+        let error = |message: String| Error::Config { what: "threads", message };
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or(0));
+        Ok(builder.build().map_err(|e| error(e.to_string()))?.install(f))
+    }
+}
+
+/// The examples of a batch that nothing is learned from. Constant: how examples are put together into
+/// batches shows in the last bits of their logits.
+const BATCH: usize = 64;
+
+/// A model that is ready to be used.
+#[derive(Debug)]
+pub(crate) struct Classifier {
+    pub(crate) model: Bert,
+    pub(crate) about: About,
+    pub(crate) encoder: Encoder,
+}
+
+impl Classifier {
+    /// Opens a trained model, or a model with a trained adapter.
+    ///
+    /// # Errors
+    /// As the parts' own; [`Error::Data`] for a model without a classifier and no adapter that has one.
+    pub(crate) fn open(args: &ModelArgs, device: &Device) -> Result<Classifier> {
+        let checkpoint = args.checkpoint()?;
+        let adapter = args.adapter.as_deref().map(PeftAdapter::open).transpose()?;
+        let outputs = match &adapter {
+            Some(adapter) => {
+                adapter.whole().find(|(name, _)| *name == "classifier.bias").map(|(_, dims)| dims[0])
+            }
+            None => None,
+        };
+        let stored = BertConfig::of(&checkpoint)?;
+        let labels = outputs.unwrap_or(stored.labels);
+        if labels == 0 {
+            let message =
+                "the model has no classifier: name an adapter with `--adapter`, or train with `finetune`";
+            return Err(wrong(&args.model, message));
+        }
+        let said = match &args.adapter {
+            Some(folder) => About::read(folder)?,
+            None => About::read(&args.model)?,
+        };
+        let about = said.map_or_else(|| guess(&checkpoint, &stored, labels), Ok)?;
+        if about.task.outputs() != labels {
+            let message =
+                format!("randlora.json names {} outputs, the classifier has {labels}", about.task.outputs());
+            return Err(wrong(args.adapter.as_deref().unwrap_or(&args.model), message));
+        }
+        let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, device)?;
+        if let Some(adapter) = adapter {
+            adapter.attach(&mut model)?;
+        }
+        let encoder = Encoder::open(&args.model, about.max_length)?;
+        Ok(Classifier { model, about, encoder })
+    }
+
+    /// The logits of all texts, a row of outputs each.
+    pub(crate) fn logits(&self, texts: &[TokenIds]) -> Result<Vec<f32>> {
+        logits(&self.model, texts, self.about.task.outputs())
+    }
+}
+
+/// What a model that this program did not write is for.
+fn guess(checkpoint: &Checkpoint, config: &BertConfig, outputs: usize) -> Result<About> {
+    let mut names = checkpoint.labels()?;
+    if names.len() != outputs {
+        names = (0..outputs).map(|i| format!("LABEL_{i}")).collect();
+    }
+    let task = match checkpoint.problem()? {
+        Some("multi_label_classification") => Task::Several(LabelSet::from_names(names)?, ",".into()),
+        Some("regression") => Task::Regress,
+        _ if outputs == 1 => Task::Regress,
+        _ => Task::Classify(LabelSet::from_names(names)?),
+    };
+    if task == Task::Regress && outputs != 1 {
+        let message = format!("a regression with {outputs} outputs is not known here");
+        return Err(wrong(checkpoint.folder(), message));
+    }
+    Ok(About { task, max_length: config.positions })
+}
+
+/// The logits of all texts in their order. Texts of similar length share a batch, so that little of it
+/// is padding.
+pub(crate) fn logits(model: &Bert, texts: &[TokenIds], outputs: usize) -> Result<Vec<f32>> {
+    let mut order: Vec<usize> = (0..texts.len()).collect();
+    order.sort_by_key(|&i| texts[i].ids.len());
+    let mut logits = vec![0.0; texts.len() * outputs];
+    for places in order.chunks(BATCH) {
+        let batch = batch(texts, places, model)?;
+        let rows = model.forward(&batch, &Context::eval())?.to_vec::<f32>()?;
+        for (&place, row) in places.iter().zip(rows.chunks(outputs)) {
+            logits[place * outputs..][..outputs].copy_from_slice(row);
+        }
+    }
+    Ok(logits)
+}
+
+/// The texts at these places as one batch.
+pub(crate) fn batch(texts: &[TokenIds], places: &[usize], model: &Bert) -> Result<TokenBatch> {
+    let rows: Vec<&TokenIds> = places.iter().map(|&i| &texts[i]).collect();
+    TokenBatch::pad(&rows, model.config().pad)
+}
+
+/// Writes logits as a tensor (rows, outputs) of that name.
+pub(crate) fn save_logits(path: &Path, logits: Vec<f32>, outputs: usize) -> Result<()> {
+    let rows = logits.len() / outputs;
+    let tensor = Tensor::from_vec(logits, [rows, outputs], &Device::cpu())?;
+    randlora::io::save_safetensors(path, &[("logits".into(), tensor)], &[])
+}

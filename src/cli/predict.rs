@@ -1,0 +1,155 @@
+//! `randlora predict`: what a model says of texts.
+
+use std::io::{self, BufRead, IsTerminal};
+use std::path::Path;
+
+use randlora::{Device, Result};
+use serde_json::{Value, json};
+
+use super::Failure;
+use super::model::{Classifier, ModelArgs};
+use super::output::say;
+use super::table::wrong_at;
+use super::task::{Task, largest};
+
+/// Say what a fine-tuned model makes of texts, a line for each.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  randlora predict --model all-MiniLM-L6-v2 --adapter sst2/best 'a gripping film' 'two lost hours'
+  randlora predict --model all-MiniLM-L6-v2 --adapter sst2/best --json < texts.txt
+  randlora predict --model all-MiniLM-L6-v2 --adapter stsb/best --pair 'A man sings.' 'Someone sings.'")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The texts; without any, the lines of standard input.
+    texts: Vec<String>,
+    /// Texts come in pairs: two arguments, or two parts of a line with a tab between them.
+    #[arg(long)]
+    pair: bool,
+    /// Print a JSON object for each text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
+    if args.pair && args.texts.len() % 2 == 1 {
+        return Err(format!("{} texts make no pairs: give an even number", args.texts.len()).into());
+    }
+    args.model.with_threads(|| predict(args))?.map_err(Failure::from)
+}
+
+/// Lines of standard input that are worked on together: enough to compute well, few enough that the
+/// first results come before the last line.
+const LINES: usize = 64;
+
+fn predict(args: &Args) -> Result<()> {
+    let classifier = Classifier::open(&args.model, &Device::cpu())?;
+    if !args.texts.is_empty() {
+        let texts: Vec<Vec<&str>> = args
+            .texts
+            .chunks(1 + args.pair as usize)
+            .map(|t| t.iter().map(String::as_str).collect())
+            .collect();
+        return answer(args, &classifier, &texts);
+    }
+    if io::stdin().is_terminal() {
+        eprintln!("reading texts from standard input, one a line");
+    }
+    let mut lines = io::stdin().lock().lines();
+    let mut first = 1;
+    loop {
+        let some: io::Result<Vec<String>> = lines.by_ref().take(LINES).collect();
+        let path = Path::new("standard input");
+        let some = some.map_err(|e| wrong_at(path, first, e.to_string()))?;
+        if some.is_empty() {
+            return Ok(());
+        }
+        let parts = |(i, line): (usize, &'_ str)| match (args.pair, line.split_once('\t')) {
+            (false, _) => Ok((i, vec![0..line.len()])),
+            (true, Some((a, _))) => Ok((i, vec![0..a.len(), a.len() + 1..line.len()])),
+            (true, None) => Err(wrong_at(path, first + i, "there is no tab between two texts")),
+        };
+        let ranges = some.iter().map(String::as_str).enumerate().map(parts).collect::<Result<Vec<_>>>()?;
+        let texts: Vec<Vec<&str>> = ranges
+            .into_iter()
+            .map(|(i, parts)| parts.into_iter().map(|range| &some[i][range]).collect())
+            .collect();
+        answer(args, &classifier, &texts)?;
+        first += some.len();
+    }
+}
+
+fn answer(args: &Args, classifier: &Classifier, texts: &[Vec<&str>]) -> Result<()> {
+    let encode = |text: &Vec<&str>| classifier.encoder.text(text[0], text.get(1).copied());
+    let tokens = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
+    let logits = classifier.logits(&tokens)?;
+    for (text, row) in texts.iter().zip(logits.chunks(classifier.about.task.outputs())) {
+        match args.json {
+            true => say(said(&classifier.about.task, text, row))?,
+            false => say(format_args!("{}\t{}", short(&classifier.about.task, row), text.join("\t")))?,
+        }
+    }
+    Ok(())
+}
+
+/// Probabilities that sum to 1.
+fn softmax(row: &[f32]) -> Vec<f64> {
+    let top = row.iter().copied().fold(f32::MIN, f32::max);
+    let powers: Vec<f64> = row.iter().map(|&x| ((x - top) as f64).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.into_iter().map(|p| p / sum).collect()
+}
+
+fn sigmoid(x: f32) -> f64 {
+    1.0 / (1.0 + (-x as f64).exp())
+}
+
+fn said(task: &Task, text: &[&str], row: &[f32]) -> Value {
+    let text = if text.len() == 1 {
+        json!({ "text": text[0] })
+    } else {
+        json!({ "text": text[0], "pair": text[1] })
+    };
+    let named = |names: &[String], values: Vec<f64>| -> Value {
+        names
+            .iter()
+            .cloned()
+            .zip(values.into_iter().map(|p| json!(p)))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    };
+    let answer = match task {
+        Task::Classify(labels) => json!({
+            "label": labels.names()[largest(row)],
+            "probabilities": named(labels.names(), softmax(row)),
+        }),
+        Task::Several(labels, _) => json!({
+            "labels": labels.names().iter().zip(row).filter(|(_, x)| **x > 0.0).map(|(n, _)| n).collect::<Vec<_>>(),
+            "probabilities": named(labels.names(), row.iter().map(|&x| sigmoid(x)).collect()),
+        }),
+        Task::Regress => json!({ "value": row[0] }),
+    };
+    merge(text, answer)
+}
+
+fn merge(mut a: Value, b: Value) -> Value {
+    if let (Some(a), Value::Object(b)) = (a.as_object_mut(), b) {
+        a.extend(b);
+    }
+    a
+}
+
+fn short(task: &Task, row: &[f32]) -> String {
+    match task {
+        Task::Classify(labels) => {
+            let best = largest(row);
+            format!("{}\t{:.4}", labels.names()[best], softmax(row)[best])
+        }
+        Task::Several(labels, _) => {
+            let found = labels.names().iter().zip(row).filter(|(_, x)| **x > 0.0);
+            found.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(",")
+        }
+        Task::Regress => format!("{:.4}", row[0]),
+    }
+}
