@@ -20,7 +20,7 @@ const CASES: [&str; 5] = ["single_label", "regression", "multi_label_sharded", "
 
 /// How far a gradient may be from torch's, in units of the parameter's largest: what backward adds to
 /// the rounding of the outputs.
-const GRADIENTS: [(DType, f64); 2] = [(DType::F32, 1e-4), (DType::F64, 1e-9)];
+const GRADIENTS: [(DType, f64); 2] = [(DType::F32, 1e-4), (DType::F64, 1e-12)];
 
 /// A parameter's largest gradient counts as at least this share of the model's largest: that of a key's
 /// bias is 0 but for rounding, which is as large as the terms that cancel.
