@@ -53,10 +53,10 @@ impl PeftConfig {
             }
         };
         for (name, neutral) in NEUTRAL {
-            if let Some(value) = file.get(name).filter(|value| value.to_string() != neutral) {
-                return Err(
-                    file.error(format!("`{name}` is {value}, which is not supported: only {neutral} is"))
-                );
+            let Some(value) = file.get(name).map(Value::to_string) else { continue };
+            if value != neutral {
+                let message = format!("`{name}` is {value}, which is not supported: only {neutral} is");
+                return Err(file.error(message));
             }
         }
         if file.flag("save_projection")? == Some(false) {
