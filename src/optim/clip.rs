@@ -34,7 +34,7 @@ pub fn clip_gradients(model: &dyn Module, gradients: &mut Gradients, limit: f64,
     }
     let norm = gradient_norm(model, gradients, step)?;
     if norm > limit {
-        gradients.scale(limit / norm)?;
+        gradients.scale(limit / (norm + 1e-6))?;
     }
     Ok(norm)
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::error::Result;
 use crate::io::files::write_whole;
 use crate::io::json::Object;
+use crate::ops::dropout::check_rate;
 
 /// What this crate reads of an adapter_config.json.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,10 +53,10 @@ impl PeftConfig {
             }
         };
         for (name, neutral) in NEUTRAL {
-            if let Some(value) = file.get(name).filter(|value| value.to_string() != neutral) {
-                return Err(
-                    file.error(format!("`{name}` is {value}, which is not supported: only {neutral} is"))
-                );
+            let Some(value) = file.get(name).map(Value::to_string) else { continue };
+            if value != neutral {
+                let message = format!("`{name}` is {value}, which is not supported: only {neutral} is");
+                return Err(file.error(message));
             }
         }
         if file.flag("save_projection")? == Some(false) {
@@ -68,12 +69,14 @@ impl PeftConfig {
             return Err(file.error("`r` is 0: the rank is at least 1"));
         }
         let alpha = file.needed(alpha, file.number(alpha)?)?;
+        let rate = file.number(dropout)?.unwrap_or(0.0);
+        check_rate(rate).map_err(|error| file.error(format!("`{dropout}`: {error}")))?;
         let rslora = file.flag("use_rslora")?.unwrap_or(false);
         Ok(PeftConfig {
             method,
             rank,
             scale: alpha / if rslora { (rank as f64).sqrt() } else { rank as f64 },
-            dropout: file.number(dropout)?.unwrap_or(0.0),
+            dropout: rate,
             base_model: file.text("base_model_name_or_path")?.map(String::from),
         })
     }

@@ -103,6 +103,7 @@ impl PeftAdapter {
         if layers.is_empty() {
             return Err(Error::data(file.what(), format!("there is no layer adapted by {}", config.method)));
         }
+        layers.iter().try_for_each(|layer| check_layer(layer, &config, &file))?;
         Ok(PeftAdapter { config, file, layers: layers.into_iter().collect(), whole })
     }
 
@@ -188,7 +189,15 @@ impl PeftAdapter {
             let message = format!("randlora_A is {:?}, not (r, 1, MIN)", a.dims());
             return Err(Error::data(self.file.what(), message));
         };
-        Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft)
+        Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft).map_err(|error| self.of_file(error))
+    }
+
+    /// The same error, of this file: the bases in it do not fit each other, or a layer.
+    fn of_file(&self, error: Error) -> Error {
+        match error {
+            Error::Shape { message, .. } => Error::data(self.file.what(), message),
+            other => other,
+        }
     }
 
     fn base(&self, name: &str, device: &Device) -> Result<Tensor> {
@@ -212,6 +221,24 @@ impl PeftAdapter {
     }
 }
 
+/// An error unless the file has both tensors of a layer's adapter, of the rank that the configuration says:
+/// room is made by that number.
+fn check_layer(layer: &str, config: &PeftConfig, file: &SafeTensors) -> Result<()> {
+    for part in parts(config.method) {
+        let key = format!("{MODEL}{layer}{part}");
+        let Some(entry) = file.entry(&key) else {
+            let message = format!("there is no tensor `{key}`, which the layer's adapter needs");
+            return Err(Error::data(file.what(), message));
+        };
+        if part == parts(config.method)[0] && entry.dims.first() != Some(&config.rank) {
+            let message =
+                format!("`{key}` is {:?}, but {CONFIG} says that `r` is {}", entry.dims, config.rank);
+            return Err(Error::data(file.what(), message));
+        }
+    }
+    Ok(())
+}
+
 /// The module of a parameter.
 fn module_of(parameter: &str) -> &str {
     parameter.rsplit_once('.').map_or(parameter, |(module, _)| module)
@@ -232,7 +259,8 @@ impl Method for PeftAdapter {
                 Some(bases) => {
                     let settings =
                         RandLora { rank, scale, dropout, pairing: Pairing::Peft, ..RandLora::default() };
-                    Box::new(RandLoraAdapter::new(&settings, layer, bases.clone())?)
+                    let adapter = RandLoraAdapter::new(&settings, layer, bases.clone());
+                    Box::new(adapter.map_err(|error| self.of_file(error))?)
                 }
                 None => Box::new(LoraAdapter::new(&Lora { rank, scale, dropout, seed: 0 }, layer)?),
             };

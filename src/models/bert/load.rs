@@ -1,7 +1,7 @@
 //! BERT from a model folder of Hugging Face's.
 
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::io::{Checkpoint, json::Object};
 use crate::models::bert::{Bert, BertConfig};
 use crate::models::load::{Loaded, load};
@@ -98,7 +98,17 @@ impl Bert {
     pub fn load(checkpoint: &Checkpoint, wanted: BertLoad, device: &Device) -> Result<(Bert, Loaded)> {
         let stored = BertConfig::of(checkpoint)?;
         let config = BertConfig { labels: wanted.labels.unwrap_or(stored.labels), ..stored };
-        let mut model = Bert::init(&Init::blank(device), config)?;
+        // Without this a number in a file could have blocks made without end.
+        let tensors = checkpoint.entries().count();
+        if config.layers > tensors {
+            let message =
+                format!("`num_hidden_layers` is {}, but there are {tensors} tensors", config.layers);
+            return Err(checkpoint.config().error(message));
+        }
+        let mut model = Bert::init(&Init::blank(device), config).map_err(|error| match error {
+            Error::Config { .. } | Error::Shape { .. } => checkpoint.config().error(error.to_string()),
+            other => other,
+        })?;
         let may_be_fresh = |name: &str| name.starts_with("bert.pooler.") || name.starts_with("classifier.");
         let names = |name: &str| match wanted.labels.is_some() && name.starts_with("classifier.") {
             true => vec![],

@@ -1,0 +1,359 @@
+//! Adapters that PEFT saved (made by tests/oracle/peft_adapters.py and peft_training.py): their logits,
+//! saving them again, training on from them, and those that are refused.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{
+    Folder, OUTPUTS, batch, close, distance, expected, largest, load, oracle, says, tensors, values,
+};
+use randlora::adapters::{Lora, Targets, attach};
+use randlora::io::{Access, PeftAdapter, PeftTask, SafeTensors, save_peft};
+use randlora::models::Bert;
+use randlora::nn::{Context, Module};
+use randlora::optim::{AdamW, Decay, Optimizer, Schedule, clip_gradients};
+use randlora::{DType, Error};
+use serde_json::Value;
+
+/// How far a loss of a training may be from PEFT's in f64, relative to it, over so many steps. In f64
+/// what is left is a rule: torch clips to max/(norm + 1e-6), this crate to max/norm, which makes 1e-6 over
+/// the 100 steps. In f32 it is rounding, which grows with the steps; PEFT's own f32 is 3e-7 away.
+const LOSSES: [(DType, usize, f64); 2] = [(DType::F64, 100, 1e-6), (DType::F32, 20, 1e-5)];
+
+const TENSORS: &str = "adapter_model.safetensors";
+const CONFIG: &str = "adapter_config.json";
+
+fn adapter(case: &str) -> PathBuf {
+    oracle("peft_adapters").join(case)
+}
+
+/// The model of the adapters, or of the training.
+fn base(of: &str, dtype: DType) -> Bert {
+    let mut model = load(&oracle(of).join("model"), Access::Map);
+    model.cast(dtype).unwrap();
+    model
+}
+
+fn inputs() -> SafeTensors {
+    tensors(&adapter("inputs.safetensors"))
+}
+
+fn logits(model: &Bert) -> Vec<f64> {
+    values(&model.forward(&batch(&inputs(), None), &Context::eval()).unwrap())
+}
+
+/// The model with the adapter of a folder.
+fn adapted(folder: &Path, dtype: DType) -> Bert {
+    let mut model = base("peft_adapters", dtype);
+    PeftAdapter::open(folder).unwrap().attach(&mut model).unwrap();
+    model
+}
+
+/// The adapters that this crate reads.
+fn cases() -> Vec<String> {
+    let entries = fs::read_dir(adapter("")).unwrap().map(|entry| entry.unwrap().path());
+    let names = entries.filter(|path| path.join("expected.safetensors").is_file());
+    let mut names: Vec<String> =
+        names.map(|path| path.file_name().unwrap().to_str().unwrap().into()).collect();
+    names.retain(|name| name != "randlora-seed-only");
+    names.sort();
+    assert_eq!(names.len(), 14);
+    names
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn logits_are_those_of_peft() {
+    for (dtype, tolerance) in OUTPUTS {
+        let plain = logits(&base("peft_adapters", dtype));
+        close(&format!("no adapter {dtype}"), &plain, &expected(&inputs(), "logits"), tolerance);
+        for case in cases() {
+            let model = adapted(&adapter(&case), dtype);
+            assert!(model.parameters().iter().all(|(_, p)| p.value().dtype() == dtype), "{case}");
+            let want = expected(&tensors(&adapter(&case).join("expected.safetensors")), "logits");
+            close(&format!("{case} {dtype}"), &logits(&model), &want, tolerance);
+            assert!(distance(&plain, &want) > 1e-2 * largest(&want), "{case} changes nothing");
+        }
+    }
+}
+
+#[test]
+fn what_is_trained_is_what_the_file_holds() {
+    for case in cases() {
+        let model = adapted(&adapter(&case), DType::F32);
+        let file = tensors(&adapter(&case).join(TENSORS));
+        let held =
+            file.entries().filter(|(name, _)| !name.ends_with("randlora_A") && !name.ends_with("randlora_B"));
+        let count: usize = held.map(|(_, entry)| entry.dims.iter().product::<usize>()).sum();
+        assert_eq!(model.trainable_count(), count, "{case}");
+    }
+}
+
+/// The tensors of a file by name; of RandLoRA's bases only those at the model.
+fn contents(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
+    let file = tensors(path);
+    let one = |name: &str| (file.entry(name).unwrap().dims.clone(), expected(&file, name));
+    let bases = |name: &str| name.ends_with("randlora_A") || name.ends_with("randlora_B");
+    let kept = file.entries().filter(|(name, _)| !bases(name) || name.starts_with("base_model.randlora_"));
+    kept.map(|(name, _)| (name.to_string(), one(name))).collect()
+}
+
+/// Sets what no layer reads to 0: of A (r, 1, MIN) the columns from `small` on, of B (MAX, n, r) the
+/// rows from `large` on and the bases from `bases` on.
+fn clear((dims, values): &mut (Vec<usize>, Vec<f64>), read: [usize; 3]) -> usize {
+    let mut cleared = 0;
+    for (i, value) in values.iter_mut().enumerate() {
+        let place = [i / (dims[1] * dims[2]), i / dims[2] % dims[1], i % dims[2]];
+        if place.iter().zip(read).any(|(place, read)| *place >= read) {
+            *value = 0.0;
+            cleared += 1;
+        }
+    }
+    cleared
+}
+
+#[test]
+fn a_saved_adapter_is_the_file_that_peft_would_write() {
+    let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some("model".into()) };
+    let mut unread = 0;
+    for case in cases() {
+        let model = adapted(&adapter(&case), DType::F32);
+        let folder = Folder::with(&case, &[]);
+        let saved = folder.0.join("new/adapter");
+        save_peft(&model, &saved, &task).unwrap();
+        let again = adapted(&saved, DType::F32);
+        let bits = |model: &Bert| logits(model).into_iter().map(f64::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(&again), bits(&model), "{case}");
+
+        let (got, mut want) = (contents(&saved.join(TENSORS)), contents(&adapter(&case).join(TENSORS)));
+        let layers = model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some());
+        let sides: Vec<_> = layers.map(|(_, layer)| (layer.inputs(), layer.outputs())).collect();
+        let small = sides.iter().map(|(a, b)| *a.min(b)).max().unwrap();
+        let large = sides.iter().map(|(a, b)| *a.max(b)).max().unwrap();
+        let file = tensors(&saved.join(TENSORS));
+        assert_eq!(file.metadata()["format"], "pt");
+        if let Some((dims, _)) = got.get("base_model.randlora_A") {
+            let (rank, n) = (dims[0], small.div_ceil(dims[0]));
+            // The case without PEFT's pair at the model has that of randlora-shared.
+            if case == "randlora-per-layer" {
+                want = contents(&adapter("randlora-shared").join(TENSORS));
+            }
+            unread += clear(want.get_mut("base_model.randlora_A").unwrap(), [rank, 1, small]);
+            unread += clear(want.get_mut("base_model.randlora_B").unwrap(), [large, n, rank]);
+        }
+        assert!(got == want, "{case}: {:?} and {:?}", got.keys(), want.keys());
+        check_config(&case, &json(&saved.join(CONFIG)), &json(&adapter(&case).join(CONFIG)), &model);
+    }
+    assert!(unread > 0, "all cases read all of the bases");
+}
+
+/// Fails unless our configuration says what PEFT's says of the things that matter.
+fn check_config(case: &str, ours: &Value, theirs: &Value, model: &Bert) {
+    let fields = match theirs["peft_type"].as_str() {
+        Some("LORA") => vec!["lora_alpha", "lora_dropout", "use_dora", "use_rslora"],
+        _ => vec!["randlora_alpha", "randlora_dropout", "save_projection"],
+    };
+    for field in fields.into_iter().chain(["peft_type", "r", "bias", "fan_in_fan_out", "inference_mode"]) {
+        assert_eq!(ours[field], theirs[field], "{case} {field}");
+    }
+    assert_eq!((&ours["task_type"], &ours["base_model_name_or_path"]), (&"SEQ_CLS".into(), &"model".into()));
+    let whole = match case {
+        "lora-no-classifier" => Value::Null,
+        "lora-pooler-saved" => serde_json::json!(["bert.pooler.dense", "classifier"]),
+        _ => serde_json::json!(["classifier"]),
+    };
+    assert_eq!(ours["modules_to_save"], whole, "{case}");
+    let targets: Vec<&str> =
+        ours["target_modules"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+    let targets = Targets::names(&targets);
+    for (name, layer) in model.linears() {
+        let meant = targets.matches(&name) && name != "classifier";
+        assert_eq!(meant, layer.adapter().is_some(), "{case} {name}: {targets:?}");
+    }
+}
+
+#[test]
+fn training_repeats_pefts_losses() {
+    let folder = oracle("peft_training");
+    let settings = json(&folder.join("settings.json"));
+    let number = |name: &str| settings[name].as_f64().unwrap();
+    let rows = tensors(&folder.join("rows.safetensors"));
+    let (labels, _) = rows.integers("labels").unwrap();
+    let (order, sizes) = rows.integers("batches").unwrap();
+    let order: Vec<usize> = order.into_iter().map(|row| row as usize).collect();
+    let batches: Vec<&[usize]> = order.chunks(sizes[1]).collect();
+    let schedule = Schedule { warmup: number("warmup_steps") as usize, decay: Decay::Linear };
+
+    for method in ["randlora", "lora"] {
+        let peft = tensors(&folder.join(format!("{method}.safetensors")));
+        let learning_rate = settings["lr"][method].as_f64().unwrap();
+        let [losses, norms] = ["losses_f64", "norms_f64"].map(|name| expected(&peft, name));
+        for (dtype, steps, tolerance) in LOSSES {
+            let mut model = base("peft_training", dtype);
+            PeftAdapter::open(&folder.join(method)).unwrap().attach(&mut model).unwrap();
+            let mut optimizer = AdamW::new().weight_decay(number("weight_decay")).eps(number("eps"));
+            let mut worst = [0.0f64; 2];
+            for (step, &batch) in batches.iter().enumerate().take(steps) {
+                let labels: Vec<u32> = batch.iter().map(|&row| labels[row] as u32).collect();
+                let ctx = Context::train(0, step as u64);
+                let logits = model.forward(&common::batch(&rows, Some(batch)), &ctx).unwrap();
+                let loss = logits.cross_entropy(&labels, None, 0.0).unwrap();
+                let mut gradients = loss.backward().unwrap();
+                let norm = clip_gradients(&model, &mut gradients, number("clip_grad_norm"), step).unwrap();
+                let rate = learning_rate * schedule.at(step, batches.len());
+                optimizer.step(&mut model, &gradients, rate).unwrap();
+                worst[0] = worst[0].max((loss.item().unwrap() / losses[step] - 1.0).abs());
+                worst[1] = worst[1].max((norm / norms[step] - 1.0).abs());
+            }
+            println!("{method} {dtype}: losses {:.1e}, norms {:.1e}", worst[0], worst[1]);
+            assert!(worst[0] <= tolerance, "{method} {dtype}: {worst:?}");
+            if steps == batches.len() {
+                let first = common::batch(&rows, Some(batches[0]));
+                let got = values(&model.forward(&first, &Context::eval()).unwrap());
+                close(&format!("{method} after training"), &got, &expected(&peft, "logits_f64"), tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_adapter_after_training_gives_pefts_logits() {
+    let folder = oracle("peft_training");
+    let rows = tensors(&folder.join("rows.safetensors"));
+    let (order, sizes) = rows.integers("batches").unwrap();
+    let first: Vec<usize> = order[..sizes[1]].iter().map(|&row| row as usize).collect();
+    for method in ["randlora", "lora"] {
+        let mut model = base("peft_training", DType::F64);
+        PeftAdapter::open(&folder.join(format!("{method}-trained"))).unwrap().attach(&mut model).unwrap();
+        let got = values(&model.forward(&batch(&rows, Some(&first)), &Context::eval()).unwrap());
+        // The logits are from before the adapter was narrowed to f32.
+        let want = expected(&tensors(&folder.join(format!("{method}.safetensors"))), "logits_f64");
+        close(&format!("{method}-trained"), &got, &want, OUTPUTS[0].1);
+    }
+}
+
+/// Fails unless the adapter is refused, by an error with these parts that names its file and leaves the
+/// model as it was.
+fn refused(folder: &Path, parts: &[&str]) {
+    let mut model = base("peft_adapters", DType::F32);
+    let before = logits(&model);
+    let error = PeftAdapter::open(folder).and_then(|adapter| adapter.attach(&mut model)).unwrap_err();
+    says(&error, parts);
+    says(&error, &[&folder.display().to_string()]);
+    assert!(model.linears().iter().all(|(_, layer)| layer.adapter().is_none()));
+    assert_eq!(logits(&model), before);
+}
+
+/// An adapter of one case's configuration and another's tensors.
+fn combined(name: &str, config: &str, tensors: &str) -> Folder {
+    Folder::with(name, &[adapter(config).join(CONFIG), adapter(tensors).join(TENSORS)])
+}
+
+#[test]
+fn what_is_not_computed_here_is_refused() {
+    refused(&adapter("randlora-seed-only"), &[CONFIG, "`save_projection` is false", "save_projection=True"]);
+    for (case, tensors, part) in [
+        ("bias-all", "randlora", "`bias` is \"all\""),
+        ("lora-bias-all", "lora", "`bias` is \"all\""),
+        ("fan-in-fan-out", "randlora", "`fan_in_fan_out` is true"),
+        ("ia3", "lora", "IA3"),
+        ("dora", "lora", "`use_dora` is true"),
+        ("rank-pattern", "lora", "`rank_pattern` is {\"layer.1.attention.self.query\":2}"),
+        ("alpha-pattern", "lora", "`alpha_pattern` is {\"layer.1.attention.self.query\":2}"),
+    ] {
+        refused(&combined(case, &format!("refused/{case}"), tensors).0, &[CONFIG, part]);
+    }
+    let value = "base_model.model.bert.encoder.layer.1.attention.self.value.randlora_";
+    for (case, parts) in [
+        ("bases-differ", [&format!("`{value}A`"), "differ"]),
+        ("no-lambda", ["there is no tensor", &format!("`{value}lambda`")]),
+        ("no-classifier-bias", ["`base_model.model.classifier.bias`", "missing"]),
+        ("small-bases", ["larger than the bases", "[19, 4, 5]"]),
+    ] {
+        refused(&adapter("refused").join(case), &[&[TENSORS], &parts[..]].concat());
+    }
+}
+
+#[test]
+fn some_settings_that_others_refuse() {
+    // Layers are found by their keys, whatever the pattern that chose them.
+    let folder = combined("layers", "refused/layers-to-transform", "randlora");
+    let layer = "bert.encoder.layer.1.attention.self.query";
+    folder.rename(&adapter("randlora").join(TENSORS), TENSORS, |name| {
+        let kept =
+            name.contains(layer) || name.contains("classifier") || name.starts_with("base_model.randlora_");
+        kept.then(|| name.into())
+    });
+    let mut model = base("peft_adapters", DType::F32);
+    assert_eq!(PeftAdapter::open(&folder.0).unwrap().attach(&mut model).unwrap().layers, [layer]);
+
+    // s = alpha/√r instead of alpha/r.
+    let folder = combined("rslora", "refused/rslora", "lora");
+    let scale = PeftAdapter::open(&folder.0).unwrap().config().scale;
+    assert!((scale - 12.0 / 3f64.sqrt()).abs() < 1e-12, "{scale}");
+    let plain = combined("lora-alpha", "lora", "lora");
+    plain.edit(CONFIG, "\"lora_alpha\": 12", &format!("\"lora_alpha\": {}", 12.0 * 3f64.sqrt()));
+    let [got, want] = [&folder, &plain].map(|folder| logits(&adapted(&folder.0, DType::F64)));
+    close("rslora", &got, &want, OUTPUTS[1].1);
+}
+
+#[test]
+fn numbers_that_contradict_each_other_are_refused() {
+    for (i, (case, from, to, parts)) in [
+        ("randlora", "\"r\": 5", "\"r\": 4", ["randlora_lambda` is [5, 3]", "says that `r` is 4"]),
+        ("lora", "\"r\": 3", "\"r\": 4", ["lora_A", "[3, 12]"]),
+        ("lora", "\"r\": 3", "\"r\": 0", [CONFIG, "`r` is 0"]),
+        ("lora", "\"r\": 3", "\"r\": 3.5", [CONFIG, "`r` is 3.5"]),
+        ("lora", "\"r\": 3", "\"r\": 9007199254740993", ["lora_A", "[3, 12]"]),
+        ("lora", "\"lora_dropout\": 0.0", "\"lora_dropout\": 1.5", [CONFIG, "lora_dropout"]),
+        ("randlora", "\"randlora_dropout\": 0.0", "\"randlora_dropout\": -1", [CONFIG, "randlora_dropout"]),
+        ("lora", "\"lora_alpha\": 12", "\"lora_alpha\": \"12\"", [CONFIG, "`lora_alpha` is \"12\""]),
+        ("lora", "\"peft_type\": \"LORA\"", "\"peft_type\": null", [CONFIG, "`peft_type` is missing"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = combined(&format!("numbers-{i}"), case, case);
+        folder.edit(CONFIG, from, to);
+        refused(&folder.0, &parts);
+    }
+}
+
+#[test]
+fn folders_that_are_no_adapters_and_adapters_of_other_models() {
+    refused(&adapter("nowhere"), &["there is no such folder"]);
+    refused(&adapter("lora").join(TENSORS), &["no"]);
+    let folder = Folder::with("halves", &[adapter("lora").join(TENSORS)]);
+    refused(&folder.0, &["adapter_config.json is missing"]);
+    let folder = Folder::with("other-half", &[adapter("lora").join(CONFIG)]);
+    refused(&folder.0, &[TENSORS]);
+
+    // The model of the training is twice as wide.
+    refused(&oracle("peft_training/lora"), &[TENSORS, "[3, 24]", "[3, 12]"]);
+
+    // Another family's names: all of this model's are listed.
+    let folder = combined("names", "lora", "lora");
+    let rename = |name: &str| Some(name.replace("bert.encoder.layer", "gpt.h"));
+    folder.rename(&adapter("lora").join(TENSORS), TENSORS, rename);
+    let mut model = base("peft_adapters", DType::F32);
+    let error = PeftAdapter::open(&folder.0).unwrap().attach(&mut model).unwrap_err();
+    assert!(matches!(&error, Error::NoMatch { available, .. } if available.len() == 14), "{error:?}");
+    says(
+        &error,
+        &["`gpt.h.0.attention.self.query` matches no layer", "bert.encoder.layer.0.attention.self.query"],
+    );
+    let error = attach(&mut model, &Lora::default(), &Targets::names(&["q_proj"]), &[]).unwrap_err();
+    says(&error, &["`q_proj` matches no layer", "bert.pooler.dense"]);
+    assert!(model.linears().iter().all(|(_, layer)| layer.adapter().is_none()));
+
+    // One adapter at a time.
+    let adapter = PeftAdapter::open(&adapter("lora")).unwrap();
+    adapter.attach(&mut model).unwrap();
+    assert!(matches!(adapter.attach(&mut model), Err(Error::Config { .. })));
+}
