@@ -4,7 +4,10 @@
 //! failure, with one line that says what is wrong.
 
 mod demo;
+mod inspect;
+mod output;
 mod progress;
+mod targets;
 
 use std::process::ExitCode;
 
@@ -24,6 +27,7 @@ enum Command {
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
     DemoMethod(demo::MethodArgs),
+    Inspect(inspect::Args),
 }
 
 /// Why a command failed, in one line.
@@ -36,6 +40,7 @@ pub(crate) fn run() -> ExitCode {
     let result = match args.command {
         Command::Demo(args) => demo::run(&args),
         Command::DemoMethod(args) => demo::run_method(&args),
+        Command::Inspect(args) => inspect::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
