@@ -24,10 +24,10 @@ pub(crate) fn count(number: u64) -> String {
     (!head.is_empty()).then(|| head.to_string()).into_iter().chain(groups).collect::<Vec<_>>().join(",")
 }
 
-/// Bytes as MiB, or as they are where that would be nothing.
+/// Bytes as MiB, or as they are below a tenth of one.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
-        0..=10_485 => format!("{} B", count(bytes)),
+        0..=104_857 => format!("{} B", count(bytes)),
         _ => format!("{:.2} MiB", bytes as f64 / 1_048_576.0),
     }
 }
@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn numbers_are_readable() {
         assert_eq!([0, 999, 1000, 22_713_216].map(count), ["0", "999", "1,000", "22,713,216"]);
-        assert_eq!([0, 10_485, 1 << 20, 3 << 19].map(size), ["0 B", "10,485 B", "1.00 MiB", "1.50 MiB"]);
+        assert_eq!([0, 104_857, 1 << 20, 3 << 19].map(size), ["0 B", "104,857 B", "1.00 MiB", "1.50 MiB"]);
     }
 
     #[test]

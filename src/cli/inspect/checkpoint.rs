@@ -67,9 +67,9 @@ pub(super) fn text(value: &Value) -> String {
     let mut about = Vec::new();
     if value["kind"] == "model" {
         about.push(line("family", string(value, "family")));
-        for (name, number) in value["architecture"].as_object().into_iter().flatten() {
-            about.push(line(name, output::count(number.as_u64().unwrap_or(0))));
-        }
+        let sizes = ["layers", "width", "heads", "hidden", "vocab", "positions", "segments", "labels"];
+        let sizes = sizes.iter().filter(|_| value["architecture"].is_object());
+        about.extend(sizes.map(|name| line(name, output::count(number(&value["architecture"], name)))));
     }
     for (name, text) in value["metadata"].as_object().into_iter().flatten() {
         about.push(line(
