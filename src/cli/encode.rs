@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use randlora::nn::TokenIds;
 use randlora::Result;
+use randlora::nn::TokenIds;
 use tokenizers::{Tokenizer, TruncationParams, TruncationStrategy};
 
 use super::table::{Example, Input, wrong, wrong_at};

@@ -9,7 +9,9 @@ mod demo;
 mod encode;
 mod eval;
 mod finetune;
+mod inspect;
 mod labels;
+mod method;
 mod model;
 mod output;
 mod plot;
@@ -36,6 +38,7 @@ enum Command {
     Finetune(Box<finetune::Args>),
     Eval(eval::Args),
     Predict(predict::Args),
+    Inspect(inspect::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -55,6 +58,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Predict(args) => predict::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoMethod(args) => demo::run_method(&args),
+        Command::Inspect(args) => inspect::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -65,16 +65,14 @@ fn predict(args: &Args) -> Result<()> {
         if some.is_empty() {
             return Ok(());
         }
-        let parts = |(i, line): (usize, &'_ str)| match (args.pair, line.split_once('\t')) {
-            (false, _) => Ok((i, vec![0..line.len()])),
-            (true, Some((a, _))) => Ok((i, vec![0..a.len(), a.len() + 1..line.len()])),
-            (true, None) => Err(wrong_at(path, first + i, "there is no tab between two texts")),
-        };
-        let ranges = some.iter().map(String::as_str).enumerate().map(parts).collect::<Result<Vec<_>>>()?;
-        let texts: Vec<Vec<&str>> = ranges
-            .into_iter()
-            .map(|(i, parts)| parts.into_iter().map(|range| &some[i][range]).collect())
-            .collect();
+        let mut texts: Vec<Vec<&str>> = Vec::with_capacity(some.len());
+        for (i, line) in some.iter().enumerate() {
+            texts.push(match (args.pair, line.split_once('\t')) {
+                (false, _) => vec![line],
+                (true, Some((first, second))) => vec![first, second],
+                (true, None) => return Err(wrong_at(path, first + i, "there is no tab between two texts")),
+            });
+        }
         answer(args, &classifier, &texts)?;
         first += some.len();
     }

@@ -42,14 +42,13 @@ pub(crate) fn parse(text: &str, layers: &[String]) -> Result<Targets> {
     if !text.contains(SPECIAL) {
         return none(format!("`{unknown}`"));
     }
-    let matching: Vec<String> = {
-        let pattern = pattern(text)?;
-        layers.iter().filter(|layer| pattern.is_match(layer)).map(|layer| layer.to_string()).collect()
-    };
+    let pattern = pattern(text)?;
+    let matching = layers.iter().filter(|layer| pattern.is_match(layer)).map(|layer| layer.to_string());
+    let matching: Vec<String> = matching.collect();
     match matching.is_empty() {
         false => Ok(Targets::Names(matching)),
         // With other names that are there, this one is a typing error rather than part of a pattern.
-        true if names.iter().any(|name| found(name)) => none(format!("`{unknown}`")),
+        true if names.iter().any(found) => none(format!("`{unknown}`")),
         true => none(format!("the pattern `{text}`")),
     }
 }

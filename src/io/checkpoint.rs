@@ -71,6 +71,14 @@ impl Checkpoint {
         &self.folder
     }
 
+    /// The family of the model, as in `bert`, where config.json names one (`model_type`).
+    ///
+    /// # Errors
+    /// [`Error::Data`] where it is no text.
+    pub fn family(&self) -> Result<Option<&str>> {
+        self.config.text("model_type")
+    }
+
     /// The fields of config.json.
     pub(crate) fn config(&self) -> &Object {
         &self.config

@@ -27,7 +27,8 @@ pub fn gradient_norm(model: &dyn Module, gradients: &Gradients, step: usize) -> 
 }
 
 /// Scales all gradients down so that their norm is at most `limit` (Pascanu, Mikolov and Bengio,
-/// 2013), and gives the norm from before. Errors as for [`gradient_norm`].
+/// 2013), and gives the norm from before. The factor is limit/(norm + 10⁻⁶), as in PyTorch, so that
+/// runs compare. Errors as for [`gradient_norm`].
 pub fn clip_gradients(model: &dyn Module, gradients: &mut Gradients, limit: f64, step: usize) -> Result<f64> {
     if limit.is_nan() || limit <= 0.0 {
         return Err(Error::config("clip", format!("a largest norm of {limit} is not above 0")));
@@ -110,8 +111,8 @@ mod tests {
         assert_eq!(clip_gradients(&model, &mut gradients, 10.0, 0).unwrap(), 5.0);
         assert_eq!(gradients.get(model.b.leaf()).unwrap().item().unwrap(), 4.0);
         assert_eq!(clip_gradients(&model, &mut gradients, 1.0, 0).unwrap(), 5.0);
-        assert!((gradients.get(model.a.leaf()).unwrap().item().unwrap() - 0.6).abs() < 1e-7);
-        assert!((gradient_norm(&model, &gradients, 0).unwrap() - 1.0).abs() < 1e-7);
+        assert!((gradients.get(model.a.leaf()).unwrap().item().unwrap() - 0.6).abs() < 1e-6);
+        assert!((gradient_norm(&model, &gradients, 0).unwrap() - 1.0).abs() < 1e-6);
     }
 
     #[test]

@@ -7,7 +7,9 @@ use clap::builder::TypedValueParser;
 use randlora::optim::Decay;
 
 use crate::cli::columns::ColumnArgs;
+use crate::cli::method::{MethodName, Settings};
 use crate::cli::model::ModelArgs;
+use crate::cli::targets;
 use crate::cli::task::Kind;
 
 /// Fine-tune a Hugging Face BERT on a file of examples.
@@ -51,10 +53,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", help_heading = "Columns")]
     pub(crate) separator: Option<String>,
 
-    /// The layers to adapt: names or last parts of names with commas between them, `all-linear`, or a
-    /// regular expression for whole names.
-    #[arg(long, default_value = "query,key,value", help_heading = "Adapter", conflicts_with = "adapter")]
-    pub(crate) targets: String,
+    #[arg(
+        long,
+        default_value = targets::DEFAULT,
+        help = targets::HELP,
+        help_heading = "Adapter",
+        conflicts_with = "adapter"
+    )]
+    targets: String,
     /// r [default: 32 for RandLoRA, where fewer train more; 8 for LoRA].
     #[arg(long, value_name = "R", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     rank: Option<usize>,
@@ -66,7 +72,7 @@ pub(crate) struct Args {
     scale: Option<f64>,
     /// The share of the adapter's inputs that is dropped in training.
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Adapter", conflicts_with = "adapter", value_parser = share)]
-    pub(crate) dropout: f64,
+    dropout: f64,
 
     /// The highest learning rate [default: 3e-4 for RandLoRA, 1e-3 for LoRA, 1e-4 for full, 1e-2 for head].
     #[arg(long, value_name = "RATE", help_heading = "Training", value_parser = from_zero)]
@@ -104,15 +110,12 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// The method's rank.
-    pub(crate) fn rank(&self) -> usize {
-        self.rank.unwrap_or(if self.method == MethodName::Lora { 8 } else { 32 })
-    }
-
-    /// What the update is multiplied by.
-    pub(crate) fn scale(&self) -> f64 {
-        let default = if self.method == MethodName::Lora { 2.0 } else { 20.0 };
-        self.scale.or(self.alpha.map(|alpha| alpha / self.rank() as f64)).unwrap_or(default)
+    /// The method with its settings.
+    pub(crate) fn settings(&self) -> Settings<'_> {
+        let rank = self.rank.or(self.method.default_rank());
+        let scale = self.scale.or(self.alpha.zip(rank).map(|(alpha, rank)| alpha / rank as f64));
+        let Args { method, dropout, seed, .. } = *self;
+        Settings { method, targets: &self.targets, rank, scale, dropout, seed }
     }
 
     /// The highest learning rate.
@@ -123,31 +126,6 @@ impl Args {
             MethodName::Full => 1e-4,
             MethodName::Head => 1e-2,
         })
-    }
-}
-
-/// The methods.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum MethodName {
-    /// Full-rank updates from random bases: the diagonals and the classifier are trained.
-    Randlora,
-    /// Low-rank updates: two thin matrices for each layer and the classifier are trained.
-    Lora,
-    /// Every number of the model is trained.
-    Full,
-    /// The classifier alone is trained.
-    Head,
-}
-
-impl MethodName {
-    /// The name as it is typed.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            MethodName::Randlora => "randlora",
-            MethodName::Lora => "lora",
-            MethodName::Full => "full",
-            MethodName::Head => "head",
-        }
     }
 }
 

@@ -7,14 +7,14 @@ mod record;
 use std::cell::Cell;
 use std::time::Instant;
 
-use randlora::adapters::{self, Attached, Lora, Method, RandLora};
+use randlora::adapters::Attached;
 use randlora::data::Batches;
 use randlora::io::{Checkpoint, PeftAdapter};
 use randlora::models::{Bert, BertConfig, BertLoad};
 use randlora::nn::TokenIds;
 use randlora::optim::{AdamW, Schedule};
 use randlora::train::{Flow, Progress, Trainer};
-use randlora::{Device, Error, Pairing, Result, nn::Module};
+use randlora::{Device, Error, Result};
 use serde_json::json;
 
 use super::about::About;
@@ -24,9 +24,8 @@ use super::model::{self, batch};
 use super::output::{peak_memory, say};
 use super::table::{self, Example, Label, Labels, wrong};
 use super::task::{Answers, Kind, Scores, Task};
-use super::{Failure, eval, targets};
+use super::{Failure, eval};
 pub(crate) use args::Args;
-use args::MethodName;
 use folder::{Folder, Kept};
 use record::Record;
 
@@ -66,7 +65,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
     let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels, seed: args.seed }, &device)?;
     let attached = match &adapter {
         Some(adapter) => adapter.attach(&mut model)?,
-        None => attach(args, &mut model)?,
+        None => args.settings().attach(&mut model)?,
     };
     eprintln!("{}: {attached}", method_name(args, adapter.as_ref()));
     let folder = Folder::new(args, &checkpoint, about)?;
@@ -126,20 +125,6 @@ fn about(
 
 fn method_name(args: &Args, adapter: Option<&PeftAdapter>) -> &'static str {
     adapter.map_or(args.method.name(), |adapter| adapter.config().method)
-}
-
-fn attach(args: &Args, model: &mut Bert) -> Result<Attached> {
-    let (rank, scale, dropout, seed) = (args.rank(), args.scale(), args.dropout, args.seed);
-    let method: Box<dyn Method> = match args.method {
-        MethodName::Head => return adapters::train_only(model, &["classifier"]),
-        MethodName::Full => Box::new(adapters::Full),
-        MethodName::Lora => Box::new(Lora { rank, scale, dropout, seed }),
-        MethodName::Randlora => {
-            Box::new(RandLora { rank, scale, dropout, seed, pairing: Pairing::Peft, ..RandLora::default() })
-        }
-    };
-    let layers: Vec<String> = model.linears().into_iter().map(|(name, _)| name).collect();
-    adapters::attach(model, &*method, &targets::parse(&args.targets, &layers)?, &["classifier"])
 }
 
 /// A training that is ready to begin.

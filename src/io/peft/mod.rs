@@ -181,15 +181,35 @@ impl PeftAdapter {
         self.layers.iter().filter(fits).max_by_key(|name| name.len()).map(String::as_str)
     }
 
-    /// The bases, stored once or once for every layer.
-    fn bases(&self, device: &Device) -> Result<Bases> {
+    /// The trained matrices of a layer by the names that they have in its adapter, as they are stored:
+    /// `lambda` (r, n) and `gamma` (n, m), or `a` (r, in) and `b` (out, r).
+    ///
+    /// # Errors
+    /// [`Error::Data`] where the file lacks one of them.
+    pub fn layer(&self, layer: &str, device: &Device) -> Result<[(&'static str, Tensor); 2]> {
+        let names = if self.config.method == "lora" { ["a", "b"] } else { ["lambda", "gamma"] };
+        let [first, second] =
+            parts(self.config.method).map(|part| self.file.tensor(&format!("{MODEL}{layer}{part}"), device));
+        Ok([(names[0], first?), (names[1], second?)])
+    }
+
+    /// RandLoRA's bases in f32, stored once or once for every layer; None for LoRA, which has none.
+    ///
+    /// # Errors
+    /// [`Error::Data`] where they are missing, of other shapes, or not the same for all layers.
+    pub fn bases(&self, device: &Device) -> Result<Option<Bases>> {
+        if self.config.method == "lora" {
+            return Ok(None);
+        }
         let [a, b] = BASES.map(|name| self.base(name, device));
         let (a, b) = (a?, b?);
         let &[rank, 1, small] = a.dims() else {
             let message = format!("randlora_A is {:?}, not (r, 1, MIN)", a.dims());
             return Err(Error::data(self.file.what(), message));
         };
-        Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft).map_err(|error| self.of_file(error))
+        Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft)
+            .map_err(|error| self.of_file(error))
+            .map(Some)
     }
 
     /// The same error, of this file: the bases in it do not fit each other, or a layer.
@@ -252,7 +272,7 @@ impl Method for PeftAdapter {
     fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
         let Some(first) = layers.first() else { return Ok(Some(vec![])) };
         let PeftConfig { rank, scale, dropout, .. } = self.config;
-        let bases = if self.config.method == "randlora" { Some(self.bases(&first.device)?) } else { None };
+        let bases = self.bases(&first.device)?;
         let bases = bases.map(|b| b.to_dtype(first.dtype)).transpose()?.map(Arc::new);
         let one = |layer: &LayerInfo| {
             let mut adapter: Box<dyn LinearAdapter> = match &bases {

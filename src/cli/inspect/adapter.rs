@@ -1,0 +1,168 @@
+//! Adapter folders.
+
+use std::path::Path;
+
+use randlora::io::{Access, Checkpoint, PeftAdapter};
+use randlora::models::{Bert, BertLoad};
+use randlora::nn::{Linear, LinearAdapter, Module};
+use randlora::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use super::{head, labels_lines, line, list, number, shape, string};
+use crate::cli::{Failure, output};
+
+/// An adapter, and with its model how large its updates are.
+pub(super) fn describe(folder: &Path, model: Option<&Path>) -> Result<Value, Failure> {
+    let (adapter, device) = (PeftAdapter::open(folder)?, Device::cpu());
+    let layers = match model {
+        Some(model) => layers_of_model(&adapter, model, &device)?,
+        None => layers_of_file(&adapter, &device)?,
+    };
+    let whole: Vec<Value> = adapter
+        .whole()
+        .map(|(name, sizes)| {
+            json!({ "name": name, "shape": sizes, "parameters": sizes.iter().product::<usize>() })
+        })
+        .collect();
+    let sum = |parts: &[Value]| parts.iter().map(|part| number(part, "parameters")).sum::<u64>();
+    let (in_layers, in_whole) = (sum(&layers), sum(&whole));
+    let bases = adapter.bases(&device)?.map(|bases| {
+        let (a, b) = (bases.a(), bases.b());
+        json!({ "a": a.dims(), "b": b.dims(), "bytes": bytes(a) + bytes(b) })
+    });
+    let config = adapter.config();
+    Ok(json!({
+        "kind": "adapter",
+        "method": config.method,
+        "rank": config.rank,
+        "scale": config.scale,
+        "dropout": config.dropout,
+        "base_model": config.base_model,
+        "trained_parameters": in_layers + in_whole,
+        "adapter_parameters": in_layers,
+        "whole_parameters": in_whole,
+        "layers": layers,
+        "whole": whole,
+        "bases": bases,
+    }))
+}
+
+fn layers_of_file(adapter: &PeftAdapter, device: &Device) -> Result<Vec<Value>, Failure> {
+    let mut names: Vec<&String> = adapter.layers().iter().collect();
+    names.sort_by_key(|name| natural(name));
+    let mut layers = Vec::new();
+    for name in names {
+        let matrices = adapter.layer(name, device)?;
+        let mut layer =
+            json!({ "name": name, "parameters": matrices.iter().map(|(_, x)| x.numel()).sum::<usize>() });
+        for (part, matrix) in &matrices {
+            layer[*part] = json!(norm(matrix)?);
+        }
+        layers.push(layer);
+    }
+    Ok(layers)
+}
+
+/// In the order in which people count: layer 2 before layer 10.
+fn natural(name: &str) -> Vec<(usize, &str)> {
+    name.split('.').map(|part| (part.parse().unwrap_or(usize::MAX), part)).collect()
+}
+
+fn layers_of_model(adapter: &PeftAdapter, folder: &Path, device: &Device) -> Result<Vec<Value>, Failure> {
+    let checkpoint = Checkpoint::open(folder, Access::Map)?;
+    let mut whole = adapter.whole();
+    // The classifier is the adapter's own.
+    let labels =
+        whole.find(|(name, _)| *name == "classifier.weight").and_then(|(_, sizes)| sizes.first().copied());
+    let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels, seed: 0 }, device)?;
+    adapter.attach(&mut model)?;
+    let mut layers = Vec::new();
+    for (name, layer) in model.linears() {
+        if let Some(adapter) = layer.adapter() {
+            layers.push(layer_of_model(&name, layer, adapter)?);
+        }
+    }
+    Ok(layers)
+}
+
+fn layer_of_model(name: &str, layer: &Linear, adapter: &dyn LinearAdapter) -> Result<Value, Failure> {
+    let parameters: usize = adapter.parameters().iter().map(|(_, parameter)| parameter.value().numel()).sum();
+    let (delta, weight) = (norm(&adapter.delta()?)?, norm(layer.weight().value())?);
+    let mut value = json!({
+        "name": name,
+        "inputs": layer.inputs(),
+        "outputs": layer.outputs(),
+        "parameters": parameters,
+        "delta": delta,
+        "relative": delta / weight,
+    });
+    for (part, parameter) in adapter.parameters() {
+        value[part] = json!(norm(parameter.value())?);
+    }
+    Ok(value)
+}
+
+/// The Frobenius norm, summed in f64.
+fn norm(x: &Tensor) -> Result<f64, Failure> {
+    let squares = x.to_dtype(DType::F32)?.to_vec::<f32>()?;
+    Ok(squares.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt())
+}
+
+fn bytes(x: &Tensor) -> usize {
+    x.numel() * x.dtype().size()
+}
+
+/// The same to read.
+pub(super) fn text(value: &Value) -> String {
+    let mut about = vec![
+        line("method", string(value, "method")),
+        line("rank", output::count(number(value, "rank"))),
+        line("scale", value["scale"].to_string()),
+        line("dropout", value["dropout"].to_string()),
+        line("base model", string(value, "base_model")),
+    ];
+    about.extend(labels_lines(value));
+    about.push(line("trained parameters", output::count(number(value, "trained_parameters"))));
+    about.push(line("of adapters", output::count(number(value, "adapter_parameters"))));
+    about.push(line("of whole modules", output::count(number(value, "whole_parameters"))));
+    if let bases @ Value::Object(_) = &value["bases"] {
+        let (a, b) = (shape(bases, "a"), shape(bases, "b"));
+        about.push(line("bases", format!("A {a}, B {b}, {}", output::size(number(bases, "bytes")))));
+    }
+    let mut text = format!("{}\n{}", output::table(&about), layers_table(value));
+    if !list(value, "whole").is_empty() {
+        let mut lines = vec![head(&["trained whole", ">shape", ">parameters"])];
+        for part in list(value, "whole") {
+            let parameters = output::count(number(part, "parameters"));
+            lines.push(vec![string(part, "name"), shape(part, "shape"), parameters]);
+        }
+        text += &format!("\n{}", output::table(&lines));
+    }
+    text
+}
+
+fn layers_table(value: &Value) -> String {
+    let columns = [
+        ("lambda", ">‖λ‖"),
+        ("gamma", ">‖γ‖"),
+        ("a", ">‖A‖"),
+        ("b", ">‖B‖"),
+        ("delta", ">‖ΔW‖"),
+        ("relative", ">‖ΔW‖/‖W‖"),
+    ];
+    let layers = list(value, "layers");
+    let there = |field: &str| layers.first().is_some_and(|layer| layer.get(field).is_some());
+    let columns: Vec<(&str, &str)> = columns.into_iter().filter(|(field, _)| there(field)).collect();
+    let titles = columns.iter().map(|(_, title)| *title);
+    let mut lines = vec![head(&["layer", ">parameters"].into_iter().chain(titles).collect::<Vec<_>>())];
+    for layer in layers {
+        let mut line = vec![string(layer, "name"), output::count(number(layer, "parameters"))];
+        // JSON has no NaN: a number that is not finite is null there.
+        line.extend(columns.iter().map(|(field, _)| match layer[*field].as_f64() {
+            Some(norm) => format!("{norm:.4}"),
+            None => "not finite".into(),
+        }));
+        lines.push(line);
+    }
+    output::table(&lines)
+}
