@@ -2,11 +2,10 @@
 //!
 //! f32 goes to the kernels of the `gemm` project in the default build (AVX-512 where the processor has
 //! it), to `matrixmultiply` in the lean one; f64, which gradients are checked in, to `matrixmultiply`
-//! in both. Both walk k in blocks that follow from the shape alone, and
-//! threads only share out whole tiles of the result: the same call gives the same bits on any
-//! number of threads.
+//! in both. Threads share out tiles of the result whose sizes follow from the shape alone: the same call
+//! gives the same bits on any number of threads.
 
-use crate::cpu::Float;
+use crate::cpu::{Float, parallel};
 
 /// A matrix within a slice: element (i, j) at `offset + i·row + j·col`.
 #[derive(Clone, Copy, Debug)]
@@ -110,11 +109,71 @@ pub(crate) fn gemm<T: Float>(
     }
     assert!((m - 1) * a.row + (k - 1) * a.col < a.data.len(), "left factor outside of its slice");
     assert!((k - 1) * b.row + (n - 1) * b.col < b.data.len(), "right factor outside of its slice");
-    // Small products are over before another thread has woken up. The bits are the same either way.
-    let threads = if m * n * k < SHARED { Threads::One } else { threads };
+    let out = Out { data: c.data.as_mut_ptr(), rows: m, cols: n, row: c.row, col: c.col };
     // SAFETY: the assertions above are the contract: every element that the strides reach lies in
     // its slice, and no two elements of c are the same.
-    unsafe { T::gemm(alpha, a, b, beta, c, threads) }
+    unsafe {
+        match threads {
+            Threads::Pool if m * n * k >= SHARED => tiles(alpha, a, b, beta, out),
+            _ => T::gemm(alpha, a, b, beta, out),
+        }
+    }
+}
+
+/// Rows and columns of the result in a tile, about: large enough that each tile's own packing of its
+/// factors is a small part of its work.
+const TILE: (usize, usize) = (192, 384);
+
+/// The product with the tiles of its result shared out over the pool in one go. The crates' own threads
+/// meet several times in a product, too often for the products of one layer.
+///
+/// # Safety
+/// That of [`Gemm::gemm`].
+unsafe fn tiles<T: Float>(alpha: T, a: Mat<'_, T>, b: Mat<'_, T>, beta: T, out: Out<T>) {
+    let (rows, cols) = (pieces(out.rows, TILE.0), pieces(out.cols, TILE.1));
+    let across = out.cols.div_ceil(cols);
+    parallel::run(out.rows.div_ceil(rows) * across, 1, &|i| {
+        let (i, j) = (i / across * rows, i % across * cols);
+        let (m, n) = (rows.min(out.rows - i), cols.min(out.cols - j));
+        // SAFETY: the tile lies within what the caller vouches for, and no other tile has its elements.
+        unsafe { T::gemm(alpha, a.rows(i, m), b.columns(j, n), beta, out.tile(i, j, m, n)) }
+    });
+}
+
+/// The size of the equal pieces, about `about` each, that `all` is cut into: a multiple of what all
+/// kernels work on at a time.
+fn pieces(all: usize, about: usize) -> usize {
+    all.div_ceil(all.div_ceil(about)).next_multiple_of(48)
+}
+
+/// Where a result goes: a matrix behind a pointer, since tiles of one matrix are no slices of their own.
+#[derive(Clone, Copy)]
+pub(crate) struct Out<T> {
+    data: *mut T,
+    rows: usize,
+    cols: usize,
+    row: usize,
+    col: usize,
+}
+
+// SAFETY: a pointer is no access; who writes through it says why no one else does.
+unsafe impl<T> Send for Out<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Out<T> {}
+
+impl<T> Out<T> {
+    /// The tile of m rows from i and n columns from j.
+    ///
+    /// # Safety
+    /// It must lie within the matrix.
+    unsafe fn tile(self, i: usize, j: usize, m: usize, n: usize) -> Out<T> {
+        // SAFETY: the caller's.
+        Out { data: unsafe { self.data.add(i * self.row + j * self.col) }, rows: m, cols: n, ..self }
+    }
+
+    fn t(self) -> Out<T> {
+        Out { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
+    }
 }
 
 /// c ← beta·c.
@@ -127,47 +186,29 @@ fn scale<T: Float>(beta: T, c: MatMut<'_, T>) {
     }
 }
 
-/// The product for one element type.
+/// The product for one element type, on the calling thread.
 pub(crate) trait Gemm: Copy {
     /// # Safety
-    /// Every element that the strides reach must lie in its slice, the elements of c must be
-    /// distinct, and no dimension may be 0.
-    unsafe fn gemm(
-        alpha: Self,
-        a: Mat<'_, Self>,
-        b: Mat<'_, Self>,
-        beta: Self,
-        c: MatMut<'_, Self>,
-        threads: Threads,
-    );
+    /// Every element that the strides reach must lie in its slice or matrix, the elements of the result
+    /// must be distinct and nobody else's, and no dimension may be 0.
+    unsafe fn gemm(alpha: Self, a: Mat<'_, Self>, b: Mat<'_, Self>, beta: Self, out: Out<Self>);
 }
 
 #[cfg(feature = "fast")]
 impl Gemm for f32 {
-    unsafe fn gemm(
-        alpha: f32,
-        a: Mat<'_, f32>,
-        b: Mat<'_, f32>,
-        beta: f32,
-        c: MatMut<'_, f32>,
-        threads: Threads,
-    ) {
+    unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
         // The kernels want the result's rows next to each other: compute cᵀ = bᵀ·aᵀ otherwise.
-        let (a, b, c) = if c.col < c.row { (b.t(), a.t(), c.t()) } else { (a, b, c) };
-        let parallelism = match threads {
-            Threads::One => gemm_common::Parallelism::None,
-            Threads::Pool => gemm_common::Parallelism::Rayon(0),
-        };
+        let (a, b, out) = if out.col < out.row { (b.t(), a.t(), out.t()) } else { (a, b, out) };
         // SAFETY: passed on to the caller. Mind that this crate calls the factor of c alpha, that
         // of a·b beta, and gives column strides before row strides.
         unsafe {
             gemm_f32::gemm::f32::get_gemm_fn()(
-                c.rows,
-                c.cols,
+                out.rows,
+                out.cols,
                 a.cols,
-                c.data.as_mut_ptr(),
-                c.col as isize,
-                c.row as isize,
+                out.data,
+                out.col as isize,
+                out.row as isize,
                 beta != 0.0,
                 a.data.as_ptr(),
                 a.col as isize,
@@ -180,117 +221,55 @@ impl Gemm for f32 {
                 false,
                 false,
                 false,
-                parallelism,
+                gemm_common::Parallelism::None,
             )
         }
     }
 }
 
-/// `matrixmultiply`, one thread per tile of the result.
-mod lean {
-    use super::{Mat, MatMut, Threads};
-    use rayon::prelude::*;
-
-    /// Rows or columns of the result in a tile. Constant, so that the bits do not depend on the
-    /// number of threads; each tile packs its factors again, which 256 make a small part.
-    const TILE: usize = 256;
-
-    /// A pointer that tiles on several threads write disjoint parts through.
-    #[derive(Clone, Copy)]
-    struct Shared<T>(*mut T);
-    // SAFETY: each tile writes elements of c that no other tile touches.
-    unsafe impl<T> Sync for Shared<T> {}
-    // SAFETY: as above.
-    unsafe impl<T> Send for Shared<T> {}
-
-    impl<T> Shared<T> {
-        /// A method, so that closures capture the wrapper and not the bare pointer.
-        fn get(self) -> *mut T {
-            self.0
-        }
-    }
-
-    macro_rules! lean {
-        ($name:ident, $T:ty, $kernel:path) => {
-            /// # Safety
-            /// That of [`super::Gemm::gemm`].
-            pub(super) unsafe fn $name(
-                alpha: $T,
-                a: Mat<'_, $T>,
-                b: Mat<'_, $T>,
-                beta: $T,
-                c: MatMut<'_, $T>,
-                threads: Threads,
-            ) {
-                let (m, n, k) = (c.rows, c.cols, a.cols);
-                let (c_row, c_col, out) = (c.row, c.col, Shared(c.data.as_mut_ptr()));
-                let by_rows = m >= n;
-                let tile = |i: usize| {
-                    let from = i * TILE;
-                    let (a, b, at, m, n) = if by_rows {
-                        (a.rows(from, TILE.min(m - from)), b, from * c_row, TILE.min(m - from), n)
-                    } else {
-                        (a, b.columns(from, TILE.min(n - from)), from * c_col, m, TILE.min(n - from))
-                    };
-                    // SAFETY: the tile lies within what the caller vouches for.
-                    unsafe {
-                        $kernel(
-                            m,
-                            k,
-                            n,
-                            alpha,
-                            a.data.as_ptr(),
-                            a.row as isize,
-                            a.col as isize,
-                            b.data.as_ptr(),
-                            b.row as isize,
-                            b.col as isize,
-                            beta,
-                            out.get().add(at),
-                            c_row as isize,
-                            c_col as isize,
-                        )
-                    }
-                };
-                let tiles = m.max(n).div_ceil(TILE);
-                match threads {
-                    Threads::Pool if tiles > 1 => (0..tiles).into_par_iter().for_each(tile),
-                    _ => (0..tiles).for_each(tile),
-                }
+macro_rules! lean {
+    ($name:ident, $T:ty, $kernel:path) => {
+        /// # Safety
+        /// That of [`Gemm::gemm`].
+        unsafe fn $name(alpha: $T, a: Mat<'_, $T>, b: Mat<'_, $T>, beta: $T, out: Out<$T>) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                $kernel(
+                    out.rows,
+                    a.cols,
+                    out.cols,
+                    alpha,
+                    a.data.as_ptr(),
+                    a.row as isize,
+                    a.col as isize,
+                    b.data.as_ptr(),
+                    b.row as isize,
+                    b.col as isize,
+                    beta,
+                    out.data,
+                    out.row as isize,
+                    out.col as isize,
+                )
             }
-        };
-    }
-    #[cfg(any(test, not(feature = "fast")))]
-    lean!(sgemm, f32, matrixmultiply::sgemm);
-    lean!(dgemm, f64, matrixmultiply::dgemm);
+        }
+    };
 }
+#[cfg(any(test, not(feature = "fast")))]
+lean!(lean_f32, f32, matrixmultiply::sgemm);
+lean!(lean_f64, f64, matrixmultiply::dgemm);
 
 #[cfg(not(feature = "fast"))]
 impl Gemm for f32 {
-    unsafe fn gemm(
-        alpha: f32,
-        a: Mat<'_, f32>,
-        b: Mat<'_, f32>,
-        beta: f32,
-        c: MatMut<'_, f32>,
-        threads: Threads,
-    ) {
+    unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
         // SAFETY: passed on to the caller.
-        unsafe { lean::sgemm(alpha, a, b, beta, c, threads) }
+        unsafe { lean_f32(alpha, a, b, beta, out) }
     }
 }
 
 impl Gemm for f64 {
-    unsafe fn gemm(
-        alpha: f64,
-        a: Mat<'_, f64>,
-        b: Mat<'_, f64>,
-        beta: f64,
-        c: MatMut<'_, f64>,
-        threads: Threads,
-    ) {
+    unsafe fn gemm(alpha: f64, a: Mat<'_, f64>, b: Mat<'_, f64>, beta: f64, out: Out<f64>) {
         // SAFETY: passed on to the caller.
-        unsafe { lean::dgemm(alpha, a, b, beta, c, threads) }
+        unsafe { lean_f64(alpha, a, b, beta, out) }
     }
 }
 
@@ -343,20 +322,13 @@ mod tests {
             }
             let form = (cr, cc, pad, tc);
             let start = random(cr * (cc + pad), 3);
-            let (mut want, mut got, mut got_lean) = (start.clone(), start.clone(), start.clone());
+            let (mut want, mut got) = (start.clone(), start.clone());
             let (a, b) = (view(&a[..], ar, ac, ta), view(&b[..], br, bc, tb));
             let threads = if pool { Threads::Pool } else { Threads::One };
             naive(0.7, a, b, beta, out(&mut want, form));
             gemm(0.7, a, b, beta, out(&mut got, form), threads);
             for (g, w) in got.iter().zip(&want) {
                 prop_assert!((g - w).abs() < 1e-12 * (k as f64 + 1.0), "{g} {w}");
-            }
-            if m * n * k > 0 {
-                // SAFETY: the same matrices that `gemm` has just accepted.
-                unsafe { lean::dgemm(0.7, a, b, beta, out(&mut got_lean, form), threads) };
-                for (g, w) in got_lean.iter().zip(&want) {
-                    prop_assert!((g - w).abs() < 1e-12 * (k as f64 + 1.0), "{g} {w}");
-                }
             }
         }
     }
@@ -371,10 +343,9 @@ mod tests {
         let (a, b) = (narrow(&a), narrow(&b));
         let (mut got, mut got_lean) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
         gemm(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, MatMut::new(&mut got, m, n), Threads::Pool);
-        let (a, b, c) =
-            (Mat::new(&a[..], m, k), Mat::new(&b[..], k, n), MatMut::new(&mut got_lean[..], m, n));
+        let out = Out { data: got_lean.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
         // SAFETY: three dense matrices of the sizes given.
-        unsafe { lean::sgemm(1.0, a, b, 0.0, c, Threads::Pool) };
+        unsafe { lean_f32(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, out) };
         for ((g, l), w) in got.iter().zip(&got_lean).zip(&want) {
             assert!((*g as f64 - w).abs() < 1e-4 && (*l as f64 - w).abs() < 1e-4);
         }

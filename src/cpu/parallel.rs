@@ -15,7 +15,7 @@ use crate::error::Result;
 pub(crate) const GRAIN: usize = 64 * 1024;
 
 /// Calls `f(i)` for every i below `n`, in groups of at least `group` to a thread.
-fn run(n: usize, group: usize, f: &(dyn Fn(usize) + Sync)) {
+pub(crate) fn run(n: usize, group: usize, f: &(dyn Fn(usize) + Sync)) {
     if n <= group {
         return (0..n).for_each(f);
     }

@@ -78,8 +78,20 @@ impl MultiHeadAttention {
     /// x (B, T, width) to the same shape. `keys` says for each place of each element of the batch,
     /// (B, T) in order, whether it may be attended to: false for padding.
     pub fn forward(&self, x: &Tensor, keys: Option<&Arc<[bool]>>, ctx: &Context) -> Result<Tensor> {
+        self.forward_of(x, x, keys, ctx)
+    }
+
+    /// The outputs for `rows` (B, t, width), which attend to all of x (B, T, width). With a causal mask
+    /// the last row attends to all, and each before it to one place less.
+    pub fn forward_of(
+        &self,
+        rows: &Tensor,
+        x: &Tensor,
+        keys: Option<&Arc<[bool]>>,
+        ctx: &Context,
+    ) -> Result<Tensor> {
         let AttentionConfig { heads, kv_heads, dropout, causal, .. } = self.config;
-        let q = split(&self.query.forward(x, &ctx.enter(0))?, heads)?;
+        let q = split(&self.query.forward(rows, &ctx.enter(0))?, heads)?;
         let k = split(&self.key.forward(x, &ctx.enter(1))?, kv_heads)?;
         let v = split(&self.value.forward(x, &ctx.enter(2))?, kv_heads)?;
         let dropout = ctx.enter(3).dropout_key().filter(|_| dropout != 0.0).map(|key| (dropout, key));

@@ -176,17 +176,33 @@ impl EncoderBlock {
 
     /// x (B, T, width) to the same shape; `keys` as in [`MultiHeadAttention::forward`].
     pub fn forward(&self, x: &Tensor, keys: Option<&Arc<[bool]>>, ctx: &Context) -> Result<Tensor> {
+        self.forward_of(x, x, keys, ctx)
+    }
+
+    /// The block's output for `rows` (B, t, width) of x alone, which attend to all of x: all that the
+    /// last block has to do where a model reads one place of it.
+    pub fn forward_of(
+        &self,
+        rows: &Tensor,
+        x: &Tensor,
+        keys: Option<&Arc<[bool]>>,
+        ctx: &Context,
+    ) -> Result<Tensor> {
         let p = self.config.dropout;
-        let attention =
-            |x: &Tensor| ctx.enter(1).dropout(&self.attention.forward(x, keys, &ctx.enter(0))?, p);
+        let attention = |rows: &Tensor, x: &Tensor| {
+            ctx.enter(1).dropout(&self.attention.forward_of(rows, x, keys, &ctx.enter(0))?, p)
+        };
         let mlp = |x: &Tensor| ctx.enter(3).dropout(&self.mlp.forward(x, &ctx.enter(2))?, p);
         match self.config.norm {
             NormPlace::Pre => {
-                let x = x.add(&attention(&self.norm1.forward(x, ctx)?)?)?;
+                let of_x = self.norm1.forward(x, ctx)?;
+                let of_rows =
+                    if std::ptr::eq(rows, x) { of_x.clone() } else { self.norm1.forward(rows, ctx)? };
+                let x = rows.add(&attention(&of_rows, &of_x)?)?;
                 x.add(&mlp(&self.norm2.forward(&x, ctx)?)?)
             }
             NormPlace::Post => {
-                let x = self.norm1.forward(&x.add(&attention(x)?)?, ctx)?;
+                let x = self.norm1.forward(&rows.add(&attention(rows, x)?)?, ctx)?;
                 self.norm2.forward(&x.add(&mlp(&x)?)?, ctx)
             }
         }

@@ -216,8 +216,15 @@ impl Bert {
     /// # Errors
     /// As [`Bert::hidden`].
     pub fn pooled(&self, batch: &TokenBatch, ctx: &Context) -> Result<Tensor> {
-        let first = self.hidden(batch, ctx)?.select(1, 0)?;
-        self.pooler.forward(&first, &ctx.enter(1))?.tanh()
+        // Nothing reads the last block's other places: most of its work is left out.
+        let Some((last, before)) = self.blocks.split_last() else {
+            let first = self.through(&[], batch, ctx)?.select(1, 0)?;
+            return self.pooler.forward(&first, &ctx.enter(1))?.tanh();
+        };
+        let x = self.through(before, batch, ctx)?;
+        let ctx_last = ctx.enter(4 + before.len() as u64);
+        let first = last.forward_of(&x.slice(1, 0..1)?, &x, batch.keys.as_ref(), &ctx_last)?;
+        self.pooler.forward(&first.squeeze(1)?, &ctx.enter(1))?.tanh()
     }
 
     /// A row for each token (B, T, width); what stands at padding means nothing.
@@ -226,9 +233,14 @@ impl Bert {
     /// [`Error::Shape`] for rows of no token or more than `positions`, or where the parts of the
     /// batch differ in shape; [`Error::Data`] for a token or segment that the model has not.
     pub fn hidden(&self, batch: &TokenBatch, ctx: &Context) -> Result<Tensor> {
+        self.through(&self.blocks, batch, ctx)
+    }
+
+    /// What comes out of these blocks, the model's first.
+    fn through(&self, blocks: &[EncoderBlock], batch: &TokenBatch, ctx: &Context) -> Result<Tensor> {
         let x = self.norm.forward(&self.embed(batch, ctx)?, ctx)?;
         let mut x = ctx.enter(0).dropout(&x, self.config.dropout)?;
-        for (i, block) in self.blocks.iter().enumerate() {
+        for (i, block) in blocks.iter().enumerate() {
             x = block.forward(&x, batch.keys.as_ref(), &ctx.enter(4 + i as u64))?;
         }
         Ok(x)
