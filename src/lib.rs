@@ -1,7 +1,7 @@
 //! `randlora`: a tensor engine written from scratch, in which RandLoRA, full-rank
 //! parameter-efficient fine-tuning, is one operation.
 //!
-//! This page is a tour in five stops. Each names the files to read next to it; together they are an
+//! This page is a tour in six stops. Each names the files to read next to it; together they are an
 //! evening's reading, from a number to a fine-tuned model. Every example runs as a test.
 //!
 //! # 1. A tensor
@@ -164,6 +164,29 @@
 //! *Read `ops/randlora/`: `layer.rs` for the algebra, `panel.rs` and `factored.rs` for the two ways,
 //! `plan.rs` for the choice; then `adapters/`, `train.rs`, and `src/cli/demo/` for the whole at
 //! work.*
+//!
+//! # 6. A real model
+//!
+//! [`io`] reads model folders as Hugging Face writes them, mapped and checked to the last byte, and
+//! adapter folders as PEFT does. [`models`] have the parameter names of their checkpoints, so that
+//! loading is by name and adapters go back and forth:
+//!
+//! ```no_run
+//! use randlora::io::{Access, Checkpoint, PeftAdapter};
+//! use randlora::models::{Bert, BertLoad};
+//! use randlora::nn::{Context, TokenBatch, TokenIds};
+//! use randlora::Device;
+//!
+//! let checkpoint = Checkpoint::open("all-MiniLM-L6-v2".as_ref(), Access::Map)?;
+//! let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: Some(2), seed: 0 }, &Device::cpu())?;
+//! PeftAdapter::open("sst2/best".as_ref())?.attach(&mut model)?;
+//! let text = TokenIds { ids: vec![101, 1037, 13940, 2143, 102], ..TokenIds::default() };
+//! println!("{:?}", model.forward(&TokenBatch::pad(&[&text], 0)?, &Context::eval())?);
+//! # Ok::<(), randlora::Error>(())
+//! ```
+//!
+//! *Read `io/safetensors.rs`, `models/bert/`, `io/peft/`, and `src/cli/finetune/` for how they come
+//! together.*
 //!
 //! # What it does not do
 //!

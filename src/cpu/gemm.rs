@@ -171,6 +171,7 @@ impl<T> Out<T> {
         Out { data: unsafe { self.data.add(i * self.row + j * self.col) }, rows: m, cols: n, ..self }
     }
 
+    #[cfg(feature = "fast")]
     fn t(self) -> Out<T> {
         Out { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
     }

@@ -168,7 +168,7 @@ impl Run<'_> {
             record.step(progress, speed)?;
             if progress.epoch_ends {
                 let epoch = progress.epoch + 1;
-                let scores = self.evaluate(model)?;
+                let scores = self.evaluate(model, progress.step)?;
                 record.epoch(epoch, progress.step, scores.as_ref())?;
                 self.folder.save(model, "last")?;
                 let choose = scores.as_ref().map_or(epoch as f64, choice);
@@ -182,9 +182,15 @@ impl Run<'_> {
         let trained = trainer.fit(&mut model, &batches, loss, on_step);
         record.finish();
         if let Err(error) = trained {
-            let Error::NonFinite { .. } = error else { return Err(error.into()) };
+            let Error::NonFinite { what, step } = error else { return Err(error.into()) };
+            // People count steps from 1, as metrics.jsonl does.
+            let error = Error::NonFinite { what, step: step + 1 };
             let steps = kept.restore(&mut model)?;
             self.folder.save(&model, "last")?;
+            if self.test.is_none() {
+                // The last is the best then, and may have been saved just before it was found bad.
+                self.folder.save(&model, "best")?;
+            }
             let place = self.folder.path("last");
             return Err(format!("{error}; {} has the state after {steps} steps", place.display()).into());
         }
@@ -199,11 +205,14 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The loss and the scores on the evaluation file.
-    fn evaluate(&self, model: &Bert) -> Result<Option<(f64, Scores)>> {
+    /// The loss and the scores on the evaluation file, after step `step`.
+    fn evaluate(&self, model: &Bert, step: usize) -> Result<Option<(f64, Scores)>> {
         let Some(test) = &self.test else { return Ok(None) };
         let outputs = model.config().labels;
         let logits = model::logits(model, &test.texts, outputs)?;
+        if logits.iter().any(|x| !x.is_finite()) {
+            return Err(Error::NonFinite { what: "the evaluation".into(), step });
+        }
         let scores = test.answers.scores(&logits, outputs)?;
         let rows: Vec<usize> = (0..test.texts.len()).collect();
         let logits = randlora::Tensor::from_vec(logits, [rows.len(), outputs], &self.device)?;
