@@ -197,8 +197,10 @@ mod tests {
             set.index(path(), &text("a text\nof two lines, which is no label")).unwrap_err().to_string();
         let shown = "label `a text of two lines, which is …` is not among: negative, positive";
         assert_eq!(error, format!("train.tsv: line 7: {shown}"));
-        // A number is a class only where the classes have no names of their own.
-        assert!(set.index(path(), &text("1")).is_err());
+        // A number is a class's place only where no class is called by a number.
+        assert_eq!(set.index(path(), &text("0")).unwrap(), 0);
+        assert!(set.index(path(), &text("2")).is_err());
+        assert!(self::set(&["1", "2"]).index(path(), &text("0")).is_err());
         let unnamed = named(&["LABEL_0", "LABEL_1"]).unwrap();
         assert_eq!(unnamed.index(path(), &text("1")).unwrap(), 1);
         assert_eq!(unnamed.index(path(), &text("LABEL_1")).unwrap(), 1);
