@@ -26,12 +26,12 @@ impl Encoder {
         if !path.exists() {
             return Ok(Encoder { tokenizer: None, path, max_length });
         }
-        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| wrong(&path, one_line(e)))?;
+        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| wrong(&path, e.to_string()))?;
         let truncation =
             TruncationParams { max_length, strategy: TruncationStrategy::LongestFirst, ..Default::default() };
         // Its own settings may pad all texts to one length.
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(Some(truncation)).map_err(|e| wrong(&path, one_line(e)))?;
+        tokenizer.with_truncation(Some(truncation)).map_err(|e| wrong(&path, e.to_string()))?;
         Ok(Encoder { tokenizer: Some(tokenizer), path, max_length })
     }
 
@@ -77,12 +77,8 @@ impl Encoder {
             Some(second) => tokenizer.encode_fast((first, second), true),
             None => tokenizer.encode_fast(first, true),
         };
-        let encoding = encoding.map_err(|e| wrong(&self.path, one_line(e)))?;
+        let encoding = encoding.map_err(|e| wrong(&self.path, e.to_string()))?;
         let segments = if second.is_some() { encoding.get_type_ids().to_vec() } else { vec![] };
         Ok(TokenIds { ids: encoding.get_ids().to_vec(), segments, mask: vec![] })
     }
-}
-
-fn one_line(error: impl std::fmt::Display) -> String {
-    error.to_string().replace('\n', " ")
 }

@@ -32,8 +32,8 @@ pub(crate) struct Args {
     /// The examples to evaluate on after each epoch; the best epoch is kept. Without it the last is.
     #[arg(long, value_name = "FILE")]
     pub(crate) eval: Option<PathBuf>,
-    /// What is learned: classes or numbers.
-    #[arg(long, value_enum, default_value = "classify")]
+    /// What is learned: classes or numbers. With `--adapter`, what it was trained for.
+    #[arg(long, value_enum, default_value = "classify", conflicts_with = "adapter")]
     pub(crate) task: Kind,
     /// How it is learned. With `--adapter`, that adapter's method goes on.
     #[arg(long, value_enum, default_value = "randlora", conflicts_with = "adapter")]
@@ -50,7 +50,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) columns: ColumnArgs,
     /// What separates several labels in one cell: each example may then have any number of classes.
-    #[arg(long, value_name = "TEXT", help_heading = "Columns")]
+    #[arg(long, value_name = "TEXT", help_heading = "Columns", conflicts_with = "adapter")]
     pub(crate) separator: Option<String>,
 
     #[arg(
@@ -118,13 +118,13 @@ impl Args {
         Settings { method, targets: &self.targets, rank, scale, dropout, seed }
     }
 
-    /// The highest learning rate.
-    pub(crate) fn learning_rate(&self) -> f64 {
-        self.lr.unwrap_or(match self.method {
-            MethodName::Randlora => 3e-4,
-            MethodName::Lora => 1e-3,
-            MethodName::Full => 1e-4,
-            MethodName::Head => 1e-2,
+    /// The highest learning rate for the method of this name.
+    pub(crate) fn learning_rate(&self, method: &str) -> f64 {
+        self.lr.unwrap_or(match method {
+            "lora" => 1e-3,
+            "full" => 1e-4,
+            "head" => 1e-2,
+            _ => 3e-4,
         })
     }
 }
