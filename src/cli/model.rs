@@ -91,7 +91,7 @@ impl Classifier {
         if let Some(adapter) = adapter {
             adapter.attach(&mut model)?;
         }
-        let encoder = Encoder::open(&args.model, about.max_length)?;
+        let encoder = Encoder::open(&args.model, model.config(), about.max_length)?;
         Ok(Classifier { model, about, encoder })
     }
 

@@ -65,10 +65,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "R", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     rank: Option<usize>,
     /// The update is multiplied by alpha/r [default: 20·r for RandLoRA, 2·r for LoRA].
-    #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"])]
+    #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"], value_parser = finite)]
     alpha: Option<f64>,
     /// The update is multiplied by this.
-    #[arg(long, help_heading = "Adapter", conflicts_with = "adapter")]
+    #[arg(long, help_heading = "Adapter", conflicts_with = "adapter", value_parser = finite)]
     scale: Option<f64>,
     /// The share of the adapter's inputs that is dropped in training.
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Adapter", conflicts_with = "adapter", value_parser = share)]
@@ -182,7 +182,12 @@ impl FromStr for Warmup {
 }
 
 fn at_least(least: u64) -> impl TypedValueParser<Value = usize> {
-    clap::value_parser!(u64).range(least..).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+    // What is counted stays countable: epochs times batches do not overflow.
+    clap::value_parser!(u64).range(least..=u32::MAX.into()).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+fn finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or("a finite number is needed".into())
 }
 
 fn from_zero(text: &str) -> Result<f64, String> {

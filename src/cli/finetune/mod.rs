@@ -50,10 +50,10 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
     let test = args.eval.as_deref().map(|path| table::read(path, &columns, Labels::Needed)).transpose()?;
 
     let (about, labels) = about(args, &checkpoint, &config, adapter.as_ref(), &train)?;
-    let encoder = Encoder::open(&args.model.model, about.max_length)?;
+    let encoder = Encoder::open(&args.model.model, &config, about.max_length)?;
     let data = |path, examples: &[Example]| -> Result<Data> {
         let answers = about.task.answers(path, examples)?;
-        Ok(Data { texts: encoder.examples(path, examples, config.vocab)?, answers })
+        Ok(Data { texts: encoder.examples(path, examples)?, answers })
     };
     let train = data(&args.train, &train)?;
     let test = match (&args.eval, test) {
