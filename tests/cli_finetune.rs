@@ -10,7 +10,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use cli::{Work, examples, fixture, object, randlora, text};
+use cli::{Work, arguments, examples, fixture, object, randlora, refs, text};
 use serde_json::{Map, Value, json};
 
 const ADAPTER: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "randlora.json"];
@@ -18,22 +18,9 @@ const ADAPTER: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", 
 /// Settings with which each method learns the examples.
 const METHODS: [(&str, &str); 2] = [("randlora", "1e-2"), ("lora", "1e-2")];
 
-/// The arguments of a training on the folder's examples, with these settings.
 fn training(work: &Work, out: &str, settings: &[&str]) -> Vec<String> {
-    let defaults = [
-        ("--model", fixture("peft_training/model")),
-        ("--train", work.path("train.jsonl")),
-        ("--eval", work.path("eval.jsonl")),
-        ("--out", work.path(out)),
-        ("--batch-size", "8".into()),
-    ];
-    let defaults = defaults.into_iter().filter(|(name, _)| !settings.contains(name));
-    let defaults = defaults.flat_map(|(name, value)| [name.into(), value]);
-    ["finetune".into()].into_iter().chain(defaults).chain(settings.iter().map(|s| s.to_string())).collect()
-}
-
-fn refs(args: &[String]) -> Vec<&str> {
-    args.iter().map(String::as_str).collect()
+    let out = work.path(out);
+    arguments(work, "finetune", &[&["--out", &out], settings].concat())
 }
 
 fn train(work: &Work, out: &str, settings: &[&str]) -> Value {

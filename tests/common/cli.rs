@@ -1,6 +1,7 @@
 //! What the tests of the command share: running it, and examples for the tiny models.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
@@ -66,6 +67,31 @@ pub(crate) fn examples(count: usize, seed: u64) -> Vec<Value> {
     (0..count).map(&mut example).collect()
 }
 
+/// The arguments of `finetune` or `eval`: what these settings leave open is the tiny model and the
+/// folder's examples, and an adapter of ours for `eval`.
+pub(crate) fn arguments(work: &Work, name: &str, settings: &[&str]) -> Vec<String> {
+    let model = ("--model", fixture("peft_training/model"));
+    let defaults = match name {
+        "eval" => {
+            vec![model, ("--adapter", fixture("our_adapters/lora")), ("--data", work.path("eval.jsonl"))]
+        }
+        _ => vec![
+            model,
+            ("--train", work.path("train.jsonl")),
+            ("--eval", work.path("eval.jsonl")),
+            ("--out", work.path("out")),
+            ("--batch-size", "8".into()),
+        ],
+    };
+    let defaults = defaults.into_iter().filter(|(name, _)| !settings.contains(name));
+    let defaults = defaults.flat_map(|(name, value)| [name.into(), value]);
+    [name.into()].into_iter().chain(defaults).chain(settings.iter().map(|s| s.to_string())).collect()
+}
+
+pub(crate) fn refs(args: &[String]) -> Vec<&str> {
+    args.iter().map(String::as_str).collect()
+}
+
 /// A folder to work in, which goes when the test ends.
 pub(crate) struct Work(Folder);
 
@@ -109,6 +135,20 @@ impl Work {
             entries.map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names
+    }
+
+    /// All files below, with their sizes, and all folders, in order.
+    pub(crate) fn tree(&self) -> Vec<(PathBuf, Option<u64>)> {
+        let (mut tree, mut open) = (vec![], vec![self.0.0.clone()]);
+        while let Some(folder) = open.pop() {
+            for entry in fs::read_dir(folder).expect("a folder") {
+                let (path, about) = entry.and_then(|e| Ok((e.path(), e.metadata()?))).expect("an entry");
+                tree.push((path.clone(), about.is_file().then_some(about.len())));
+                open.extend(about.is_dir().then_some(path));
+            }
+        }
+        tree.sort();
+        tree
     }
 
     /// Copies the files of a fixture's folder into one within, and says where it is.
