@@ -100,9 +100,10 @@ impl<O: Optimizer> Trainer<O> {
     /// error.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] for a loss or a gradient that is NaN or infinite and
-    /// [`Error::NoGradient`] for a trained parameter that the loss does not depend on: in both
-    /// cases the step has changed nothing. And whatever `loss` and `on_step` return.
+    /// [`Error::Config`] for a setting that is out of range. [`Error::NonFinite`] for a loss or a
+    /// gradient that is NaN or infinite and [`Error::NoGradient`] for a trained parameter that the
+    /// loss does not depend on: in both cases the step has changed nothing. And whatever `loss` and
+    /// `on_step` return.
     pub fn fit<M: Module>(
         &mut self,
         model: &mut M,
@@ -118,7 +119,11 @@ impl<O: Optimizer> Trainer<O> {
             return Err(Error::config("learning rate", message));
         }
         let steps = batches.len().div_ceil(self.accumulate);
-        let total = steps * self.epochs;
+        let Some(total) = steps.checked_mul(self.epochs) else {
+            let message =
+                format!("{} of them have more steps than can be counted: ask for fewer", self.epochs);
+            return Err(Error::config("epochs", message));
+        };
         let (start, mut seen) = (Instant::now(), 0);
         for epoch in 0..self.epochs {
             for (i, parts) in batches.epoch(epoch).chunks(self.accumulate).enumerate() {
@@ -266,6 +271,14 @@ mod tests {
                 assert!((got - want).abs() < 1e-5, "{name}");
             }
         }
+    }
+
+    #[test]
+    fn more_steps_than_can_be_counted_are_refused() {
+        let mut model = net(&Device::cpu());
+        let mut trainer = Trainer::new(Sgd::new(), 0.01, usize::MAX);
+        let error = trainer.fit(&mut model, &Batches::new(8, 4, 0).unwrap(), loss, on).unwrap_err();
+        assert!(matches!(&error, Error::Config { what: "epochs", .. }), "{error}");
     }
 
     #[test]

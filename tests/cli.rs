@@ -1,11 +1,13 @@
 //! The command from outside: what goes where, and how it ends.
 #![cfg(feature = "cli")]
 
-use std::process::{Command, Output};
+#[allow(dead_code)]
+#[path = "common/cli.rs"]
+mod cli;
+#[allow(dead_code)] // Each test file uses a part of them.
+mod common;
 
-fn randlora(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_randlora")).args(args).output().expect("the command runs")
-}
+use cli::{Work, failure, randlora};
 
 #[test]
 fn misuse_ends_with_2_and_says_so_on_standard_error() {
@@ -26,17 +28,10 @@ fn help_and_version_are_results() {
 
 #[test]
 fn a_folder_that_cannot_be_made_fails_at_once_in_one_line() {
-    let file = std::env::temp_dir().join(format!("randlora-cli-{}", std::process::id()));
-    std::fs::write(&file, "no folder").expect("a temporary file");
-    let output = randlora(&["demo", "--out", file.join("sub").to_str().expect("UTF-8")]);
-    std::fs::remove_file(&file).expect("it was just written");
-    assert_eq!(output.status.code(), Some(1));
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        message.starts_with("error: ") && message.contains("sub") && message.lines().count() == 1,
-        "{message}"
-    );
-    assert!(output.stdout.is_empty());
+    let work = Work::empty("cli");
+    let file = work.write("file", "no folder");
+    let message = failure(&["demo", "--out", &format!("{file}/sub")]);
+    assert!(message.contains("sub"), "{message}");
 }
 
 #[test]

@@ -1,77 +1,35 @@
 //! `randlora inspect` from outside.
 #![cfg(feature = "cli")]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+#[allow(dead_code)]
+#[path = "common/cli.rs"]
+mod cli;
+#[allow(dead_code)] // Each test file uses a part of them.
+mod common;
 
+use std::path::Path;
+use std::process::Stdio;
+
+use cli::{Work, fixture};
 use randlora::io::{Access, SafeTensors};
 use randlora::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-fn fixture(name: &str) -> String {
-    format!("{}/tests/oracle/{name}", env!("CARGO_MANIFEST_DIR"))
-}
-
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_randlora"));
-    command.arg("inspect").args(args);
-    command
-}
-
-fn inspect(args: &[&str]) -> Output {
-    command(args).output().expect("the command runs")
+/// The arguments of the whole command.
+fn inspect<'a>(args: &[&'a str]) -> Vec<&'a str> {
+    [&["inspect"], args].concat()
 }
 
 fn text(args: &[&str]) -> String {
-    let output = inspect(args);
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8")
+    cli::text(&inspect(args))
 }
 
 fn object(args: &[&str]) -> Value {
-    let text = text(&[args, &["--json"]].concat());
-    assert_eq!(text.lines().count(), 1, "one object in one line");
-    serde_json::from_str(&text).expect("JSON")
+    cli::object(&inspect(args))
 }
 
-/// What a failure says, in one line of standard error and nothing else.
 fn failure(args: &[&str]) -> String {
-    let output = inspect(args);
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
-    assert!(output.stdout.is_empty() && message.starts_with("error: "), "{message}");
-    assert_eq!(message.lines().count(), 1, "{message}");
-    message
-}
-
-/// A copy of a fixture's files that is removed in the end.
-struct Copy(PathBuf);
-
-impl Copy {
-    fn of(fixture_name: &str) -> Copy {
-        let name = format!("randlora-inspect-{}-{}", std::process::id(), fixture_name.replace('/', "-"));
-        let folder = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
-        for file in std::fs::read_dir(fixture(fixture_name)).expect("a fixture") {
-            let file = file.expect("a file").path();
-            std::fs::copy(&file, folder.join(file.file_name().expect("a name"))).expect("a copy");
-        }
-        Copy(folder)
-    }
-
-    fn write(&self, file: &str, contents: &str) {
-        std::fs::write(self.0.join(file), contents).expect("a file");
-    }
-
-    fn path(&self) -> &str {
-        self.0.to_str().expect("UTF-8")
-    }
-}
-
-impl Drop for Copy {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+    cli::failure(&inspect(args))
 }
 
 fn sum(list: &Value, field: &str) -> u64 {
@@ -121,13 +79,14 @@ fn a_model_folder_to_read() {
 
 #[test]
 fn another_family_is_shown_without_its_architecture() {
-    let folder = Copy::of("bert/regression");
-    folder.write("config.json", r#"{"model_type": "gpt2"}"#);
-    let model = object(&[folder.path()]);
+    let work = Work::empty("inspect-bert-regression");
+    let folder = work.copy("folder", &fixture("bert/regression"));
+    work.write("folder/config.json", r#"{"model_type": "gpt2"}"#);
+    let model = object(&[&folder]);
     assert_eq!((&model["family"], &model["architecture"]), (&json!("gpt2"), &Value::Null));
     assert!(model["parameters"].as_u64() > Some(0));
-    folder.write("config.json", r#"{"model_type": "bert"}"#);
-    assert!(failure(&[folder.path()]).contains("config.json: `vocab_size` is missing"));
+    work.write("folder/config.json", r#"{"model_type": "bert"}"#);
+    assert!(failure(&[&folder]).contains("config.json: `vocab_size` is missing"));
 }
 
 #[test]
@@ -219,17 +178,18 @@ fn close(found: &Value, wanted: f64) {
 
 #[test]
 fn task_and_labels_beside_an_adapter() {
-    let folder = Copy::of("peft_adapters/lora-pooler-saved");
-    folder.write("randlora.json", r#"{"task": "classify", "labels": ["bad", "so-so", "good"]}"#);
-    let adapter = object(&[folder.path()]);
+    let work = Work::empty("inspect-peft_adapters-lora-pooler-saved");
+    let folder = work.copy("folder", &fixture("peft_adapters/lora-pooler-saved"));
+    work.write("folder/randlora.json", r#"{"task": "classify", "labels": ["bad", "so-so", "good"]}"#);
+    let adapter = object(&[&folder]);
     assert_eq!(
         (&adapter["task"], &adapter["label_names"]),
         (&json!("classify"), &json!(["bad", "so-so", "good"]))
     );
-    let read = text(&[folder.path()]);
+    let read = text(&[&folder]);
     assert!(read.contains("classify\n") && read.contains("bad, so-so, good\n"), "{read}");
-    folder.write("randlora.json", "{");
-    assert!(failure(&[folder.path()]).contains("randlora.json: no valid JSON"));
+    work.write("folder/randlora.json", "{");
+    assert!(failure(&[&folder]).contains("randlora.json: no valid JSON"));
 }
 
 fn plan(method: &str, more: &[&str]) -> Value {
@@ -293,7 +253,7 @@ fn defaults_and_targets_of_a_plan() {
     assert_eq!(names.collect::<Vec<_>>(), wanted);
     let all = object(&[&model, "--method", "lora", "--targets", "all-linear"]);
     assert_eq!(all["layers"].as_array().map(Vec::len), Some(7));
-    let output = inspect(&[&model, "--method", "head"]);
+    let output = cli::randlora(&inspect(&[&model, "--method", "head"]));
     let read = String::from_utf8_lossy(&output.stdout);
     assert!(read.contains("measured, 32 texts of 11 tokens") && !read.contains("layers"), "{read}");
 }
@@ -330,7 +290,7 @@ fn misuse_ends_with_2() {
         &[model, "--method", "lora", "--rank", "0"],
         &[model, "--method", "lora", "--model", model],
     ] {
-        let output = inspect(args);
+        let output = cli::randlora(&inspect(args));
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
     }
@@ -339,7 +299,7 @@ fn misuse_ends_with_2() {
 
 #[test]
 fn a_reader_that_has_seen_enough_is_no_failure() {
-    let mut child = command(&[&fixture("bert/single_label")])
+    let mut child = cli::command(&inspect(&[&fixture("bert/single_label")]))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

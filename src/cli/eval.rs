@@ -46,7 +46,7 @@ fn evaluate(args: &Args) -> randlora::Result<()> {
     let examples = table::read(&args.data, &args.columns.columns(), wanted)?;
     let labelled = examples.iter().all(|example| example.label.is_some());
     let answers = if labelled { Some(classifier.about.task.answers(&args.data, &examples)?) } else { None };
-    let texts = classifier.encoder.examples(&args.data, &examples, classifier.model.config().vocab)?;
+    let texts = classifier.encoder.examples(&args.data, &examples)?;
     let (logits, outputs) = (classifier.logits(&texts)?, classifier.about.task.outputs());
     let scores = match answers {
         Some(answers) => answers.scores(&logits, outputs)?,

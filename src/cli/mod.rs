@@ -63,7 +63,8 @@ pub(crate) fn run() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            // Files may put line ends or a terminal's control characters into what is said of them.
+            eprintln!("error: {}", failure.to_string().replace(char::is_control, " "));
             ExitCode::FAILURE
         }
     }

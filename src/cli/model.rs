@@ -87,11 +87,11 @@ impl Classifier {
                 format!("randlora.json names {} outputs, the classifier has {labels}", about.task.outputs());
             return Err(wrong(args.adapter.as_deref().unwrap_or(&args.model), message));
         }
-        let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, device)?;
+        let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: outputs, seed: 0 }, device)?;
         if let Some(adapter) = adapter {
             adapter.attach(&mut model)?;
         }
-        let encoder = Encoder::open(&args.model, about.max_length)?;
+        let encoder = Encoder::open(&args.model, model.config(), about.max_length)?;
         Ok(Classifier { model, about, encoder })
     }
 

@@ -32,8 +32,8 @@ pub(crate) struct Args {
     /// The examples to evaluate on after each epoch; the best epoch is kept. Without it the last is.
     #[arg(long, value_name = "FILE")]
     pub(crate) eval: Option<PathBuf>,
-    /// What is learned: classes or numbers.
-    #[arg(long, value_enum, default_value = "classify")]
+    /// What is learned: classes or numbers. With `--adapter`, what it was trained for.
+    #[arg(long, value_enum, default_value = "classify", conflicts_with = "adapter")]
     pub(crate) task: Kind,
     /// How it is learned. With `--adapter`, that adapter's method goes on.
     #[arg(long, value_enum, default_value = "randlora", conflicts_with = "adapter")]
@@ -50,7 +50,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) columns: ColumnArgs,
     /// What separates several labels in one cell: each example may then have any number of classes.
-    #[arg(long, value_name = "TEXT", help_heading = "Columns")]
+    #[arg(long, value_name = "TEXT", help_heading = "Columns", conflicts_with = "adapter")]
     pub(crate) separator: Option<String>,
 
     #[arg(
@@ -65,10 +65,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "R", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     rank: Option<usize>,
     /// The update is multiplied by alpha/r [default: 20·r for RandLoRA, 2·r for LoRA].
-    #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"])]
+    #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"], value_parser = finite)]
     alpha: Option<f64>,
     /// The update is multiplied by this.
-    #[arg(long, help_heading = "Adapter", conflicts_with = "adapter")]
+    #[arg(long, help_heading = "Adapter", conflicts_with = "adapter", value_parser = finite)]
     scale: Option<f64>,
     /// The share of the adapter's inputs that is dropped in training.
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Adapter", conflicts_with = "adapter", value_parser = share)]
@@ -118,13 +118,13 @@ impl Args {
         Settings { method, targets: &self.targets, rank, scale, dropout, seed }
     }
 
-    /// The highest learning rate.
-    pub(crate) fn learning_rate(&self) -> f64 {
-        self.lr.unwrap_or(match self.method {
-            MethodName::Randlora => 3e-4,
-            MethodName::Lora => 1e-3,
-            MethodName::Full => 1e-4,
-            MethodName::Head => 1e-2,
+    /// The highest learning rate for the method of this name.
+    pub(crate) fn learning_rate(&self, method: &str) -> f64 {
+        self.lr.unwrap_or(match method {
+            "lora" => 1e-3,
+            "full" => 1e-4,
+            "head" => 1e-2,
+            _ => 3e-4,
         })
     }
 }
@@ -182,7 +182,12 @@ impl FromStr for Warmup {
 }
 
 fn at_least(least: u64) -> impl TypedValueParser<Value = usize> {
-    clap::value_parser!(u64).range(least..).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+    // What is counted stays countable: epochs times batches do not overflow.
+    clap::value_parser!(u64).range(least..=u32::MAX.into()).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+fn finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or("a finite number is needed".into())
 }
 
 fn from_zero(text: &str) -> Result<f64, String> {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use randlora::io::{Checkpoint, PeftTask, save_peft};
 use randlora::models::{Bert, Head};
 use randlora::nn::{ItemMut, Module};
+use randlora::train::Progress;
 use randlora::{Error, Result, Tensor};
 
 use super::args::Args;
@@ -78,7 +79,7 @@ pub(super) struct Kept {
     next: Option<(usize, BTreeMap<String, Tensor>)>,
 }
 
-/// Steps from one to the next. The values are shared with the model until it changes them.
+/// Steps from one to the next within an epoch. The values are shared with the model until it changes them.
 const EVERY: usize = 50;
 
 impl Kept {
@@ -87,13 +88,15 @@ impl Kept {
         Kept { good: (0, trained(model)), next: None }
     }
 
-    /// To be called after step `step` (0 is the first).
-    pub(super) fn after(&mut self, step: usize, model: &Bert) {
+    /// To be called after each step.
+    pub(super) fn after(&mut self, progress: &Progress, model: &Bert) {
         if let Some(next) = self.next.take() {
             self.good = next;
         }
-        if (step + 1).is_multiple_of(EVERY) {
-            self.next = Some((step + 1, trained(model)));
+        let steps = progress.step + 1;
+        // What an epoch's end saves must not give way to something older.
+        if progress.epoch_ends || steps.is_multiple_of(EVERY) {
+            self.next = Some((steps, trained(model)));
         }
     }
 

@@ -50,10 +50,10 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
     let test = args.eval.as_deref().map(|path| table::read(path, &columns, Labels::Needed)).transpose()?;
 
     let (about, labels) = about(args, &checkpoint, &config, adapter.as_ref(), &train)?;
-    let encoder = Encoder::open(&args.model.model, about.max_length)?;
+    let encoder = Encoder::open(&args.model.model, &config, about.max_length)?;
     let data = |path, examples: &[Example]| -> Result<Data> {
         let answers = about.task.answers(path, examples)?;
-        Ok(Data { texts: encoder.examples(path, examples, config.vocab)?, answers })
+        Ok(Data { texts: encoder.examples(path, examples)?, answers })
     };
     let train = data(&args.train, &train)?;
     let test = match (&args.eval, test) {
@@ -67,8 +67,8 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
         Some(adapter) => adapter.attach(&mut model)?,
         None => args.settings().attach(&mut model)?,
     };
-    eprintln!("{}: {attached}", method_name(args, adapter.as_ref()));
     let folder = Folder::new(args, &checkpoint, about)?;
+    eprintln!("{}: {attached}", folder.method(&model));
     let run = Run { args, device, folder, attached, train, test };
     run.train(model)
 }
@@ -123,10 +123,6 @@ fn about(
     Ok((About { task, max_length }, (!keeps).then_some(outputs)))
 }
 
-fn method_name(args: &Args, adapter: Option<&PeftAdapter>) -> &'static str {
-    adapter.map_or(args.method.name(), |adapter| adapter.config().method)
-}
-
 /// A training that is ready to begin.
 struct Run<'a> {
     args: &'a Args,
@@ -140,6 +136,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn train(self, mut model: Bert) -> std::result::Result<(), Failure> {
         let args = self.args;
+        let method = self.folder.method(&model);
         let batches = Batches::new(self.train.texts.len(), args.batch_size, args.seed)?;
         let batches = match args.group_by_length {
             true => batches.grouped(self.train.texts.iter().map(|text| text.ids.len()).collect())?,
@@ -151,7 +148,11 @@ impl Run<'_> {
             accumulate: args.accumulate,
             clip: (args.clip > 0.0).then_some(args.clip),
             seed: args.seed,
-            ..Trainer::new(AdamW::new().weight_decay(args.weight_decay), args.learning_rate(), args.epochs)
+            ..Trainer::new(
+                AdamW::new().weight_decay(args.weight_decay),
+                args.learning_rate(method),
+                args.epochs,
+            )
         };
         let tokens = Cell::new(0usize);
         let (start, mut kept) = (Instant::now(), Kept::of(&model));
@@ -163,7 +164,7 @@ impl Run<'_> {
             self.train.answers.loss(&model.forward(&batch, ctx)?, rows, &self.device)
         };
         let on_step = |model: &Bert, progress: &Progress| {
-            kept.after(progress.step, model);
+            kept.after(progress, model);
             let speed = tokens.get() as f64 / start.elapsed().as_secs_f64().max(1e-9);
             record.step(progress, speed)?;
             if progress.epoch_ends {

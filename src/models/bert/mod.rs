@@ -8,6 +8,7 @@ use crate::nn::{
     Activation, AttentionConfig, BlockConfig, BlockNames, Context, Embedding, EncoderBlock, Init, LayerNorm,
     Linear, NormPlace, TokenBatch,
 };
+use crate::ops::dropout::check_rate;
 use crate::ops::index::Ids;
 use crate::tensor::Tensor;
 
@@ -93,6 +94,11 @@ impl BertConfig {
         if !(std >= 0.0 && std.is_finite()) {
             return Err(Error::config("std", format!("{std} is no standard deviation")));
         }
+        if !(self.eps >= 0.0 && self.eps.is_finite()) {
+            return Err(Error::config("eps", format!("{} cannot be added to a variance", self.eps)));
+        }
+        let rates = [Some(self.dropout), Some(self.attention_dropout), self.classifier_dropout];
+        rates.into_iter().flatten().try_for_each(check_rate)?;
         Ok(())
     }
 
@@ -170,8 +176,8 @@ impl Bert {
     /// A new model. Its matrices are normal, its biases 0.
     ///
     /// # Errors
-    /// [`Error::Config`] where a size is 0, the heads do not divide the width, or the padding is no
-    /// token.
+    /// [`Error::Config`] where a size is 0, the heads do not divide the width, the padding is no
+    /// token, or a rate of dropping does not lie in 0 ≤ p < 1.
     pub fn init(init: &Init, config: BertConfig) -> Result<Bert> {
         config.check()?;
         let BertConfig { width, std, labels, .. } = config;
