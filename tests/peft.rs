@@ -293,13 +293,88 @@ fn some_settings_that_others_refuse() {
     assert_eq!(PeftAdapter::open(&folder.0).unwrap().attach(&mut model).unwrap().layers, [layer]);
 
     // s = alpha/√r instead of alpha/r.
-    let folder = combined("rslora", "refused/rslora", "lora");
+    let folder = combined("rslora", "lora", "lora");
+    folder.edit(CONFIG, "\"use_rslora\": false", "\"use_rslora\": true");
     let scale = PeftAdapter::open(&folder.0).unwrap().config().scale;
     assert!((scale - 12.0 / 3f64.sqrt()).abs() < 1e-12, "{scale}");
     let plain = combined("lora-alpha", "lora", "lora");
     plain.edit(CONFIG, "\"lora_alpha\": 12", &format!("\"lora_alpha\": {}", 12.0 * 3f64.sqrt()));
     let [got, want] = [&folder, &plain].map(|folder| logits(&adapted(&folder.0, DType::F64)));
     close("rslora", &got, &want, OUTPUTS[1].1);
+}
+
+#[test]
+fn settings_of_other_methods_are_refused() {
+    let start = ("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "path_initial_model");
+    let unknown =
+        ("\"kasa_config\": null", "\"kasa_config\": {\"beta\": 1}", "`kasa_config` is {\"beta\":1}");
+    let new = ("\"use_bdlora\": null", "\"use_something_new\": true", "`use_something_new` is true");
+    for (i, (from, to, part)) in [start, unknown, new].into_iter().enumerate() {
+        let folder = combined(&format!("settings-{i}"), "lora", "lora");
+        folder.edit(CONFIG, from, to);
+        refused(&folder.0, &[CONFIG, part]);
+    }
+    let folder = combined("gaussian", "lora", "lora");
+    folder.edit(CONFIG, start.0, "\"init_lora_weights\": \"gaussian\"");
+    adapted(&folder.0, DType::F32);
+}
+
+/// The LoRA of the tests with only the tensors that `keep` renames.
+fn lora_with(name: &str, keep: impl Fn(&str) -> Option<String>) -> Folder {
+    let folder = combined(name, "lora", "lora");
+    folder.rename(&adapter("lora").join(TENSORS), TENSORS, keep);
+    folder
+}
+
+#[test]
+fn what_is_promised_is_there_and_nothing_else() {
+    let folder = lora_with("promised", |name| (!name.contains("classifier")).then(|| name.into()));
+    refused(&folder.0, &["`base_model.model.classifier.bias` is missing"]);
+    let folder = combined("targets", "lora", "lora");
+    folder.edit(CONFIG, "\"value\"", "\"key\"");
+    refused(&folder.0, &["attention.self.value` has an adapter, but is not among `target_modules`"]);
+    // A name's last part is not the name.
+    let layer = "bert.encoder.layer.0.attention.self.query";
+    let folder = lora_with("short", |name| name.contains(layer).then(|| name.replace(layer, "query")));
+    folder.edit(CONFIG, WHOLE, "");
+    refused(&folder.0, &["`query` may be one of several layers"]);
+}
+
+/// The modules that PEFT trains whole, as they are in adapter_config.json.
+const WHOLE: &str = "\n    \"classifier\",\n    \"score\"\n  ";
+
+#[test]
+fn an_adapter_of_the_inner_model() {
+    let inner = lora_with("inner", |name| {
+        (!name.contains("classifier")).then(|| name.replace("model.bert.", "model."))
+    });
+    inner.edit(CONFIG, WHOLE, "");
+    let outer = lora_with("outer", |name| (!name.contains("classifier")).then(|| name.into()));
+    outer.edit(CONFIG, WHOLE, "");
+    let [inner, outer] = [inner, outer].map(|folder| logits(&adapted(&folder.0, DType::F32)));
+    assert_eq!(inner, outer);
+    assert!(distance(&inner, &logits(&base("peft_adapters", DType::F32))) > 1e-3);
+}
+
+#[test]
+fn a_scale_comes_back() {
+    for (rank, scale) in [(3, 2.0), (3, 1.0 / 3.0), (1, 1e-10), (7, 20.0), (5, 0.3)] {
+        let mut model = base("peft_adapters", DType::F64);
+        let method = Lora { rank, scale, ..Lora::default() };
+        attach(&mut model, &method, &Targets::names(&["query"]), &["classifier"]).unwrap();
+        let folder = Folder::with(&format!("scale-{rank}-{scale}"), &[]);
+        save_peft(&model, &folder.0, &PeftTask::default()).unwrap();
+        assert_eq!(PeftAdapter::open(&folder.0).unwrap().config().scale, scale, "{rank}");
+    }
+}
+
+#[test]
+fn a_module_that_is_trained_in_part_is_saved_whole() {
+    let mut model = base("peft_adapters", DType::F32);
+    attach(&mut model, &Lora::default(), &Targets::names(&["query"]), &["classifier.bias"]).unwrap();
+    let folder = Folder::with("part", &[]);
+    save_peft(&model, &folder.0, &PeftTask::default()).unwrap();
+    assert_eq!(logits(&adapted(&folder.0, DType::F32)), logits(&model));
 }
 
 #[test]

@@ -125,17 +125,21 @@ impl PeftAdapter {
     }
 
     /// Attaches the adapter to a model, whose other parameters are frozen. Layers are found by their
-    /// whole names, or the last parts of them where the adapter was made for an inner model
+    /// names; all of them may lie within an inner model that the adapter was made for
     /// (`encoder.layer.0…` of a model that has `bert.encoder.layer.0…`).
     ///
     /// # Errors
-    /// [`Error::NoMatch`] where the model lacks a layer or parameter, [`Error::Data`] where a tensor has
-    /// another shape than the model needs; [`Error::Config`] where a layer has an adapter already.
+    /// [`Error::NoMatch`] where the model lacks a layer or parameter, [`Error::Data`] where a tensor is
+    /// missing or has another shape than the model needs; [`Error::Config`] where a layer has an adapter
+    /// already.
     pub fn attach<M: Module + ?Sized>(&self, model: &mut M) -> Result<Attached> {
-        let modules: BTreeSet<&str> = self.whole.iter().map(|name| module_of(name)).collect();
+        let prefix = self.prefix(model)?;
+        let values = self.whole_values(model, &prefix)?;
+        let modules: BTreeSet<&str> = values.keys().map(|name| module_of(name)).collect();
         let modules: Vec<&str> = modules.into_iter().collect();
-        let values = self.whole_values(model)?;
-        let attached = attach(model, self, &Targets::Names(self.layers.clone()), &modules)?;
+        let targets = self.layers.iter().map(|layer| format!("{prefix}{layer}")).collect();
+        let method = Within { adapter: self, prefix: &prefix };
+        let attached = attach(model, &method, &Targets::Names(targets), &modules)?;
         model.try_visit_mut(&mut |name, item| match (item, values.get(name)) {
             (ItemMut::Parameter(parameter), Some(value)) => parameter.replace(value.clone()),
             _ => Ok(()),
@@ -143,22 +147,45 @@ impl PeftAdapter {
         Ok(attached)
     }
 
+    /// What the model's names begin with where the file's do not: one beginning for all of them.
+    fn prefix<M: Module + ?Sized>(&self, model: &M) -> Result<String> {
+        let available: Vec<String> = model.linears().into_iter().map(|(name, _)| name).collect();
+        let lacks =
+            |prefix: &str| self.layers.iter().find(|layer| !available.contains(&format!("{prefix}{layer}")));
+        let Some(missing) = lacks("") else { return Ok(String::new()) };
+        let inner = available.iter().filter_map(|name| name.strip_suffix(missing.as_str()));
+        let mut fitting = inner.filter(|prefix| prefix.ends_with('.') && lacks(prefix).is_none());
+        match (fitting.next(), fitting.next()) {
+            (Some(prefix), None) => Ok(prefix.to_string()),
+            (Some(_), Some(_)) => {
+                let message = format!("`{missing}` may be one of several layers of the model");
+                Err(Error::data(self.file.what(), message))
+            }
+            (None, _) => Err(Error::NoMatch { wanted: format!("`{missing}`"), available }),
+        }
+    }
+
     /// The values of the parameters that the file holds whole, by the model's names.
-    fn whole_values<M: Module + ?Sized>(&self, model: &M) -> Result<BTreeMap<String, Tensor>> {
+    fn whole_values<M: Module + ?Sized>(&self, model: &M, prefix: &str) -> Result<BTreeMap<String, Tensor>> {
         let parameters: BTreeMap<String, &Parameter> = model.parameters().into_iter().collect();
         let mut values = BTreeMap::new();
         for name in &self.whole {
-            let Some(parameter) = parameters.get(name) else {
+            let Some(parameter) = parameters.get(&format!("{prefix}{name}")) else {
                 let available = parameters.into_keys().collect();
                 return Err(Error::NoMatch { wanted: format!("`{name}` of the adapter"), available });
             };
             let value = parameter.value();
             let dtype = if value.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-            values.insert(name.clone(), self.tensor(name, value.dims(), dtype, value.device())?);
+            let value = self.tensor(name, value.dims(), dtype, value.device())?;
+            values.insert(format!("{prefix}{name}"), value);
         }
-        // What is trained whole is saved whole.
-        let modules: BTreeSet<&str> = self.whole.iter().map(|name| module_of(name)).collect();
-        let missing = |name: &&String| modules.contains(module_of(name)) && !values.contains_key(*name);
+        // What is trained whole is saved whole, and what the configuration promises is there.
+        let modules: BTreeSet<&str> = values.keys().map(|name| module_of(name)).collect();
+        let promised = Targets::Names(self.config.modules.clone());
+        let missing = |name: &&String| {
+            let module = module_of(name);
+            (modules.contains(module) || promised.matches(module)) && !values.contains_key(*name)
+        };
         match parameters.keys().find(missing) {
             Some(name) => Err(Error::data(self.file.what(), format!("`{MODEL}{name}` is missing"))),
             None => Ok(values),
@@ -173,12 +200,6 @@ impl PeftAdapter {
             return Err(Error::data(self.file.what(), message));
         }
         value.to_dtype(dtype)
-    }
-
-    /// What the file calls a layer of the model.
-    fn name_of(&self, layer: &str) -> Option<&str> {
-        let fits = |name: &&String| Targets::names(&[name]).matches(layer);
-        self.layers.iter().filter(fits).max_by_key(|name| name.len()).map(String::as_str)
     }
 
     /// The trained matrices of a layer by the names that they have in its adapter, as they are stored:
@@ -241,20 +262,26 @@ impl PeftAdapter {
     }
 }
 
-/// An error unless the file has both tensors of a layer's adapter, of the rank that the configuration says:
-/// room is made by that number.
+/// An error unless the file has both tensors of a layer's adapter, of the rank that the configuration says,
+/// and PEFT would give the layer one.
 fn check_layer(layer: &str, config: &PeftConfig, file: &SafeTensors) -> Result<()> {
-    for part in parts(config.method) {
-        let key = format!("{MODEL}{layer}{part}");
-        let Some(entry) = file.entry(&key) else {
+    let keys = parts(config.method).map(|part| format!("{MODEL}{layer}{part}"));
+    for (key, place) in keys.iter().zip([0, 1]) {
+        let Some(entry) = file.entry(key) else {
             let message = format!("there is no tensor `{key}`, which the layer's adapter needs");
             return Err(Error::data(file.what(), message));
         };
-        if part == parts(config.method)[0] && entry.dims.first() != Some(&config.rank) {
+        // λ (r, n) and γ (n, m), or A (r, in) and B (out, r).
+        let has_rank = config.method == "lora" || place == 0;
+        if entry.dims.len() != 2 || has_rank && entry.dims[place] != config.rank {
             let message =
                 format!("`{key}` is {:?}, but {CONFIG} says that `r` is {}", entry.dims, config.rank);
             return Err(Error::data(file.what(), message));
         }
+    }
+    if !config.targets.is_empty() && !Targets::Names(config.targets.clone()).matches(layer) {
+        let message = format!("`{layer}` has an adapter, but is not among `target_modules` of {CONFIG}");
+        return Err(Error::data(file.what(), message));
     }
     Ok(())
 }
@@ -264,39 +291,53 @@ fn module_of(parameter: &str) -> &str {
     parameter.rsplit_once('.').map_or(parameter, |(module, _)| module)
 }
 
-impl Method for PeftAdapter {
+/// An adapter folder as a method for a model whose names begin with something more than the file's.
+#[derive(Debug)]
+struct Within<'a> {
+    adapter: &'a PeftAdapter,
+    prefix: &'a str,
+}
+
+impl Method for Within<'_> {
     fn name(&self) -> &'static str {
-        self.config.method
+        self.adapter.config.method
     }
 
     fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
         let Some(first) = layers.first() else { return Ok(Some(vec![])) };
-        let PeftConfig { rank, scale, dropout, .. } = self.config;
-        let bases = self.bases(&first.device)?;
+        let bases = self.adapter.bases(&first.device)?;
         let bases = bases.map(|b| b.to_dtype(first.dtype)).transpose()?.map(Arc::new);
-        let one = |layer: &LayerInfo| {
-            let mut adapter: Box<dyn LinearAdapter> = match &bases {
-                Some(bases) => {
-                    let settings =
-                        RandLora { rank, scale, dropout, pairing: Pairing::Peft, ..RandLora::default() };
-                    let adapter = RandLoraAdapter::new(&settings, layer, bases.clone());
-                    Box::new(adapter.map_err(|error| self.of_file(error))?)
-                }
-                None => Box::new(LoraAdapter::new(&Lora { rank, scale, dropout, seed: 0 }, layer)?),
-            };
-            let name = self.name_of(&layer.name).unwrap_or(&layer.name).to_string();
-            for ((_, parameter), part) in adapter.parameters_mut().into_iter().zip(parts(self.config.method))
-            {
-                let dims = parameter.value().dims().to_vec();
-                parameter.replace(self.tensor(
-                    &format!("{name}{part}"),
-                    &dims,
-                    layer.dtype,
-                    &layer.device,
-                )?)?;
-            }
-            Ok(adapter)
+        layers.iter().map(|layer| self.one(layer, bases.as_ref())).collect::<Result<_>>().map(Some)
+    }
+}
+
+impl Within<'_> {
+    fn one(&self, layer: &LayerInfo, bases: Option<&Arc<Bases>>) -> Result<Box<dyn LinearAdapter>> {
+        let PeftConfig { method, rank, scale, dropout, .. } = self.adapter.config;
+        let (m, n) = (layer.small(), layer.small().div_ceil(rank));
+        let dims = match bases {
+            Some(_) => [[rank, n], [n, m]],
+            None => [[rank, layer.inputs], [layer.outputs, rank]],
         };
-        layers.iter().map(one).collect::<Result<_>>().map(Some)
+        let name = layer.name.strip_prefix(self.prefix).unwrap_or(&layer.name);
+        let value = |i: usize| {
+            let name = format!("{name}{}", parts(method)[i]);
+            self.adapter.tensor(&name, &dims[i], layer.dtype, &layer.device)
+        };
+        // The values come first: room is made by what is in the file, not by what it says.
+        let values = [value(0)?, value(1)?];
+        let mut adapter: Box<dyn LinearAdapter> = match bases {
+            Some(bases) => {
+                let settings =
+                    RandLora { rank, scale, dropout, pairing: Pairing::Peft, ..RandLora::default() };
+                let adapter = RandLoraAdapter::new(&settings, layer, bases.clone());
+                Box::new(adapter.map_err(|error| self.adapter.of_file(error))?)
+            }
+            None => Box::new(LoraAdapter::new(&Lora { rank, scale, dropout, seed: 0 }, layer)?),
+        };
+        for ((_, parameter), value) in adapter.parameters_mut().into_iter().zip(values) {
+            parameter.replace(value)?;
+        }
+        Ok(adapter)
     }
 }

@@ -52,18 +52,21 @@ pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) 
             tensors.push((format!("{MODEL}{name}{suffix}"), parameter.value().clone()));
         }
     }
-    let mut modules = BTreeSet::new();
-    for (name, parameter) in model.parameters() {
-        if parameter.is_trainable() && !own.contains(&name) {
-            modules.insert(module_of(&name).to_string());
+    let parameters = model.parameters();
+    let trained = parameters.iter().filter(|(name, p)| p.is_trainable() && !own.contains(name));
+    let modules: BTreeSet<&str> = trained.map(|(name, _)| module_of(name)).collect();
+    // PEFT keeps modules whole: what of them is frozen goes along.
+    for (name, parameter) in &parameters {
+        if modules.contains(module_of(name)) {
             tensors.push((format!("{MODEL}{name}"), parameter.value().clone()));
         }
     }
     fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
     save_safetensors(&folder.join(TENSORS), &tensors, &[("format", "pt")])?;
-    let modules: Vec<String> = modules.into_iter().collect();
-    let config = PeftConfig { base_model: task.base_model.clone(), ..config };
-    config.write(&folder.join(CONFIG), &targets(model, &layers, &modules), &modules, task.name.as_deref())
+    let modules: Vec<String> = modules.into_iter().map(String::from).collect();
+    let targets = targets(model, &layers, &modules);
+    let config = PeftConfig { base_model: task.base_model.clone(), targets, modules, ..config };
+    config.write(&folder.join(CONFIG), task.name.as_deref())
 }
 
 /// The settings and the bases that all adapters share.
@@ -72,8 +75,10 @@ fn describe(layers: &[(String, &Linear)]) -> Result<(PeftConfig, Option<Arc<Base
     for (name, layer) in layers {
         let Some(adapter) = layer.adapter() else { continue };
         let any: &dyn Any = adapter;
-        let config =
-            |method, rank, scale, dropout| PeftConfig { method, rank, scale, dropout, base_model: None };
+        let config = |method, rank, scale, dropout| {
+            let (base_model, targets, modules) = (None, vec![], vec![]);
+            PeftConfig { method, rank, scale, dropout, base_model, targets, modules }
+        };
         let this = if let Some(a) = any.downcast_ref::<RandLoraAdapter>() {
             (config("randlora", a.bases().rank(), a.scale(), a.dropout()), Some(a.bases().clone()))
         } else if let Some(a) = any.downcast_ref::<LoraAdapter>() {
