@@ -7,6 +7,9 @@ mod cli;
 #[allow(dead_code)] // Each test file uses a part of them.
 mod common;
 
+use std::path::Path;
+
+use ::randlora::{DType, Device, Tensor, io::save_safetensors};
 use cli::{Work, arguments, examples, failure, fixture, randlora, refs};
 use serde_json::{Value, json};
 
@@ -150,6 +153,20 @@ fn adapters() {
         (fixture("peft_adapters/lora"), &["peft_adapters/lora", "adapter_model.safetensors"]),
     ] {
         refused(&work, "eval", &["--adapter", &folder], parts);
+    }
+    // Classifiers of senseless sizes, which take no room in the file.
+    let source =
+        common::tensors(Path::new(&format!("{}/adapter_model.safetensors", fixture("our_adapters/lora"))));
+    for (name, sizes) in [("scalar", vec![]), ("endless", vec![1 << 26, 0]), ("long", vec![2])] {
+        let folder = work.copy(name, &fixture("our_adapters/lora"));
+        let tensor = |key: &str| match key.ends_with("classifier.weight") {
+            true => Tensor::zeros(&sizes[..], DType::F32, &Device::cpu()).expect("it is small"),
+            false => source.tensor(key, &Device::cpu()).expect("it is there"),
+        };
+        let changed: Vec<_> = source.entries().map(|(key, _)| (key.to_string(), tensor(key))).collect();
+        let path = Path::new(&folder).join("adapter_model.safetensors");
+        save_safetensors(&path, &changed, &[]).expect("it is written");
+        refused(&work, "eval", &["--adapter", &folder], &[name, "`classifier.weight` is [", "(outputs, 24)"]);
     }
     // Of a model without a classifier.
     let model = fixture("bert/plain_f16");

@@ -246,6 +246,94 @@ fn a_training_that_diverges_keeps_the_last_good_adapter() {
     }
 }
 
+/// Where no loss follows the step that breaks the numbers.
+#[test]
+fn the_last_step_is_looked_at_too() {
+    let work = Work::new("last-step");
+    let (model, data, out) = (fixture("peft_training/model"), work.path("train.jsonl"), work.path("out"));
+    let args = [
+        "finetune",
+        "--model",
+        &model,
+        "--train",
+        &data,
+        "--out",
+        &out,
+        "--method",
+        "lora",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "400",
+        "--warmup",
+        "0",
+        "--clip",
+        "0",
+        "--schedule",
+        "constant",
+        "--lr",
+        "1e39",
+    ];
+    assert_eq!(diverged(&args), (1, 0));
+    let tensors = common::tensors(Path::new(&work.path("out/best/adapter_model.safetensors")));
+    for (name, _) in tensors.entries() {
+        assert!(common::expected(&tensors, name).iter().all(|x| x.is_finite()), "{name}");
+    }
+}
+
+/// A pooler that the model's folder lacks is drawn once and then part of what was trained.
+#[test]
+fn what_the_model_lacks_is_trained_and_saved() {
+    let work = Work::new("no-pooler");
+    let files = ["config.json", "model.safetensors"]
+        .map(|name| Path::new(&fixture("peft_training/model")).join(name));
+    let bare = common::Folder::with("bare-model", &files);
+    bare.rename(&files[1], "model.safetensors", |name| (!name.contains("pooler")).then(|| name.into()));
+    let (bare, data) = (bare.0.display().to_string(), work.path("eval.jsonl"));
+    for method in ["lora", "head"] {
+        let found =
+            train(&work, method, &["--model", &bare, "--method", method, "--seed", "1", "--lr", "1e-2"]);
+        let best = work.path(&format!("{method}/best"));
+        let again = match method {
+            "lora" => object(&["eval", "--model", &bare, "--adapter", &best, "--data", &data]),
+            _ => object(&["eval", "--model", &best, "--data", &data]),
+        };
+        assert_eq!(scores(&again), scores(&found["best"]), "{method}");
+    }
+    let adapter = fixture("our_adapters/lora");
+    let error = cli::failure(&["eval", "--model", &bare, "--adapter", &adapter, "--data", &data]);
+    assert!(error.contains("there is no tensor `bert.pooler.dense"), "{error}");
+}
+
+#[test]
+fn force_leaves_nothing_of_another_method() {
+    let work = Work::new("force");
+    train(&work, "out", &["--method", "lora", "--epochs", "1"]);
+    train(&work, "out", &["--method", "head", "--epochs", "1", "--force"]);
+    assert_eq!(work.names("out/best"), ["config.json", "model.safetensors", "randlora.json"]);
+    assert_eq!(work.names("out"), ["best", "curves.svg", "last", "metrics.jsonl"]);
+}
+
+/// What PEFT has saved has no randlora.json.
+#[test]
+fn training_goes_on_from_an_adapter_of_peft() {
+    let work = Work::new("from-peft");
+    let adapter = fixture("peft_training/lora-trained");
+    let rows: Vec<Value> = examples(40, 3)
+        .into_iter()
+        .map(|mut row| {
+            row["label"] = json!(if row["label"] == "yes" { 1 } else { 0 });
+            row
+        })
+        .collect();
+    let data = work.rows("numbered.jsonl", &rows);
+    let model = fixture("peft_training/model");
+    let args =
+        ["finetune", "--model", &model, "--adapter", &adapter, "--train", &data, "--out", &work.path("out")];
+    assert_eq!(object(&args)["method"], "lora");
+    assert!(work.names("out/best").contains(&"randlora.json".to_string()));
+}
+
 /// The scores of a classifier that is new: no step has changed it.
 fn evaluate_untrained(work: &Work) -> Map<String, Value> {
     train(work, "untrained", &["--lr", "0", "--epochs", "1"]);

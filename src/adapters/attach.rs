@@ -98,6 +98,18 @@ pub struct Attached {
     pub total: usize,
 }
 
+impl Attached {
+    /// What there is in a model.
+    pub fn of<M: Module + ?Sized>(model: &M) -> Attached {
+        let layers = model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some());
+        Attached {
+            layers: layers.map(|(name, _)| name).collect(),
+            trained: model.trainable_count(),
+            total: model.parameter_count(),
+        }
+    }
+}
+
 impl fmt::Display for Attached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let percent = 100.0 * self.trained as f64 / self.total.max(1) as f64;
@@ -112,8 +124,9 @@ impl fmt::Display for Attached {
 }
 
 /// Freezes the model and attaches a method to the layers that `targets` names; a method without
-/// adapters ([`Full`]) trains all of the model instead. Parts of the model in `also_train` (a new classifier, say; names as in [`Targets::Names`], of modules or
-/// parameters) stay trained whole and get no adapter.
+/// adapters ([`Full`]) trains all of the model instead. Parts of the model in `also_train` (a new
+/// classifier, say; names as in [`Targets::Names`], of modules or parameters) stay trained whole and
+/// get no adapter.
 ///
 /// Changes nothing where it fails.
 ///
@@ -140,7 +153,7 @@ pub fn attach<M: Module + ?Sized>(
     check_targets(model, targets, &layers)?;
     let Some(adapters) = method.adapters(&layers)? else {
         train(model, |_| true)?;
-        return Ok(report(model, vec![]));
+        return Ok(Attached::of(model));
     };
     if adapters.len() != layers.len() {
         let message =
@@ -156,7 +169,7 @@ pub fn attach<M: Module + ?Sized>(
         },
         ItemMut::Parameter(_) => Ok(()),
     })?;
-    Ok(report(model, layers.into_iter().map(|layer| layer.name).collect()))
+    Ok(Attached::of(model))
 }
 
 /// Trains these parts of the model and nothing else of it: a classifier on a frozen model, say. Names are
@@ -167,7 +180,7 @@ pub fn attach<M: Module + ?Sized>(
 pub fn train_only<M: Module + ?Sized>(model: &mut M, parts: &[&str]) -> Result<Attached> {
     check_parts(model, parts)?;
     train(model, |name| parts.iter().any(|part| belongs_to(name, part)))?;
-    Ok(report(model, vec![]))
+    Ok(Attached::of(model))
 }
 
 fn check_parts<M: Module + ?Sized>(model: &M, parts: &[&str]) -> Result<()> {
@@ -218,10 +231,6 @@ fn check_targets<M: Module + ?Sized>(model: &M, targets: &Targets, layers: &[Lay
         }
         Targets::AllLinear => Ok(()),
     }
-}
-
-fn report<M: Module + ?Sized>(model: &M, layers: Vec<String>) -> Attached {
-    Attached { layers, trained: model.trainable_count(), total: model.parameter_count() }
 }
 
 /// The settings that methods have in common.

@@ -1,5 +1,7 @@
 //! The fine-tuning methods, as the command line names them.
 
+use std::collections::BTreeSet;
+
 use randlora::adapters::{self, Attached, Lora, Method, RandLora};
 use randlora::models::Bert;
 use randlora::nn::Module;
@@ -20,7 +22,7 @@ pub(crate) enum MethodName {
     Head,
 }
 
-/// What is trained in every method: the new part.
+/// What is trained in every method.
 pub(crate) const CLASSIFIER: &str = "classifier";
 
 impl MethodName {
@@ -56,13 +58,18 @@ pub(crate) struct Settings<'a> {
 }
 
 impl Settings<'_> {
-    /// Freezes what the method does not train and attaches its adapters. RandLoRA's bases are paired as
-    /// in PEFT, so that the adapter can be saved for it.
-    pub(crate) fn attach(&self, model: &mut Bert) -> Result<Attached> {
+    /// Freezes what the method does not train and attaches its adapters. The classifier is trained in every
+    /// method, and so are `fresh` parameters: what has no value yet in the model's folder would be
+    /// another random one there tomorrow. RandLoRA's bases are paired as in PEFT, so that the adapter can
+    /// be saved for it.
+    pub(crate) fn attach(&self, model: &mut Bert, fresh: &[String]) -> Result<Attached> {
         let Settings { dropout, seed, .. } = *self;
         let rank = self.rank.or(self.method.default_rank()).unwrap_or(0);
+        let modules = fresh.iter().filter_map(|name| Some(name.rsplit_once('.')?.0));
+        let whole: BTreeSet<&str> = modules.chain([CLASSIFIER]).collect();
+        let whole: Vec<&str> = whole.into_iter().collect();
         let method: Box<dyn Method> = match self.method {
-            MethodName::Head => return adapters::train_only(model, &[CLASSIFIER]),
+            MethodName::Head => return adapters::train_only(model, &whole),
             MethodName::Full => {
                 return adapters::attach(model, &adapters::Full, &adapters::Targets::AllLinear, &[]);
             }
@@ -76,6 +83,6 @@ impl Settings<'_> {
             }
         };
         let layers: Vec<String> = model.linears().into_iter().map(|(name, _)| name).collect();
-        adapters::attach(model, &*method, &targets::parse(self.targets, &layers)?, &[CLASSIFIER])
+        adapters::attach(model, &*method, &targets::parse(self.targets, &layers)?, &whole)
     }
 }

@@ -1,10 +1,11 @@
 //! A model with its adapter, tokenizer and task, ready to be used.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use randlora::io::{Access, Checkpoint, PeftAdapter};
 use randlora::models::{Bert, BertConfig, BertLoad};
-use randlora::nn::{Context, TokenBatch, TokenIds};
+use randlora::nn::{Context, Module, TokenBatch, TokenIds};
 use randlora::{Device, Error, Result, Tensor};
 
 use super::about::About;
@@ -64,33 +65,8 @@ impl Classifier {
     pub(crate) fn open(args: &ModelArgs, device: &Device) -> Result<Classifier> {
         let checkpoint = args.checkpoint()?;
         let adapter = args.adapter.as_deref().map(PeftAdapter::open).transpose()?;
-        let outputs = match &adapter {
-            Some(adapter) => {
-                adapter.whole().find(|(name, _)| *name == "classifier.bias").map(|(_, dims)| dims[0])
-            }
-            None => None,
-        };
-        let stored = BertConfig::of(&checkpoint)?;
-        let labels = outputs.unwrap_or(stored.labels);
-        if labels == 0 {
-            let message =
-                "the model has no classifier: name an adapter with `--adapter`, or train with `finetune`";
-            return Err(wrong(&args.model, message));
-        }
-        let said = match &args.adapter {
-            Some(folder) => About::read(folder)?,
-            None => About::read(&args.model)?,
-        };
-        let about = said.map_or_else(|| guess(&checkpoint, &stored, labels), Ok)?;
-        if about.task.outputs() != labels {
-            let message =
-                format!("randlora.json names {} outputs, the classifier has {labels}", about.task.outputs());
-            return Err(wrong(args.adapter.as_deref().unwrap_or(&args.model), message));
-        }
-        let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: outputs, seed: 0 }, device)?;
-        if let Some(adapter) = adapter {
-            adapter.attach(&mut model)?;
-        }
+        let about = about(args, &checkpoint, adapter.as_ref())?;
+        let model = adapted(&checkpoint, adapter.as_ref(), device)?;
         let encoder = Encoder::open(&args.model, model.config(), about.max_length)?;
         Ok(Classifier { model, about, encoder })
     }
@@ -98,6 +74,73 @@ impl Classifier {
     /// The logits of all texts, a row of outputs each.
     pub(crate) fn logits(&self, texts: &[TokenIds]) -> Result<Vec<f32>> {
         logits(&self.model, texts, self.about.task.outputs())
+    }
+}
+
+/// What a model, or its adapter, was trained for.
+///
+/// # Errors
+/// [`Error::Data`] where neither has a classifier, or another one than randlora.json says.
+pub(crate) fn about(
+    args: &ModelArgs,
+    checkpoint: &Checkpoint,
+    adapter: Option<&PeftAdapter>,
+) -> Result<About> {
+    let config = BertConfig::of(checkpoint)?;
+    let labels = outputs(adapter, &config)?.unwrap_or(config.labels);
+    if labels == 0 {
+        let message = "the model has no classifier: name an adapter with `--adapter` that has one, or train with `finetune`";
+        return Err(wrong(&args.model, message));
+    }
+    let folder = args.adapter.as_deref().unwrap_or(&args.model);
+    let about = About::read(folder)?.map_or_else(|| guess(checkpoint, &config, labels), Ok)?;
+    match about.task.outputs() == labels {
+        true => Ok(about),
+        false => {
+            let message =
+                format!("randlora.json names {} outputs, the classifier has {labels}", about.task.outputs());
+            Err(wrong(folder, message))
+        }
+    }
+}
+
+/// The outputs of the classifier that an adapter has, if it has one.
+fn outputs(adapter: Option<&PeftAdapter>, config: &BertConfig) -> Result<Option<usize>> {
+    let Some(adapter) = adapter else { return Ok(None) };
+    match adapter.whole().find(|(name, _)| *name == "classifier.weight") {
+        None => Ok(None),
+        Some((_, &[outputs, width])) if outputs > 0 && width == config.width => Ok(Some(outputs)),
+        Some((name, sizes)) => {
+            let message = format!("`{name}` is {sizes:?} where the model needs (outputs, {})", config.width);
+            Err(adapter.error(message))
+        }
+    }
+}
+
+/// A model with an adapter that is its own, if there is one. Nothing of it is left to chance.
+///
+/// # Errors
+/// [`Error::Data`] for a part of the model that neither its folder nor the adapter has, and as
+/// [`Bert::load`] and [`PeftAdapter::attach`].
+pub(crate) fn adapted(
+    checkpoint: &Checkpoint,
+    adapter: Option<&PeftAdapter>,
+    device: &Device,
+) -> Result<Bert> {
+    let labels = outputs(adapter, &BertConfig::of(checkpoint)?)?;
+    let (mut model, loaded) = Bert::load(checkpoint, BertLoad { labels, seed: 0 }, device)?;
+    let mut given = BTreeSet::new();
+    if let Some(adapter) = adapter {
+        adapter.attach(&mut model)?;
+        given.extend(model.parameters().into_iter().filter(|(_, p)| p.is_trainable()).map(|(name, _)| name));
+    }
+    match loaded.fresh.iter().find(|name| !given.contains(*name)) {
+        Some(name) => {
+            let message =
+                format!("there is no tensor `{name}`, here or in an adapter: train it with `finetune`");
+            Err(wrong(checkpoint.folder(), message))
+        }
+        None => Ok(model),
     }
 }
 

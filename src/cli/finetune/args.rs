@@ -41,7 +41,7 @@ pub(crate) struct Args {
     /// The folder to write to.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Write into a folder that exists; files of the same names are replaced.
+    /// Write into a folder that exists; its best, last, metrics.jsonl and curves.svg are replaced.
     #[arg(long)]
     pub(crate) force: bool,
     /// Print the results as one JSON object.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use randlora::io::{Checkpoint, PeftTask, save_peft};
 use randlora::models::{Bert, Head};
@@ -58,18 +58,45 @@ impl<'a> Folder<'a> {
         adapter.unwrap_or(self.name)
     }
 
-    /// Saves the model's adapter, or where it has none the whole model.
+    /// Saves the model's adapter, or where it has none the whole model, in place of what an earlier
+    /// training has left under that name.
     pub(super) fn save(&self, model: &Bert, name: &str) -> Result<()> {
+        let [new, old] = ["new", "old"].map(|what| self.path(&format!(".{name}.{what}")));
         let folder = self.path(name);
+        let error = |path: &Path| {
+            let path = path.to_path_buf();
+            |source| Error::Io { path, source }
+        };
+        for leftover in [&new, &old] {
+            remove(leftover).map_err(error(leftover))?;
+        }
+        self.write(model, &new).inspect_err(|_| drop(remove(&new)))?;
+        if folder.exists() {
+            fs::rename(&folder, &old).map_err(error(&folder))?;
+        }
+        fs::rename(&new, &folder).map_err(error(&folder))?;
+        remove(&old).map_err(error(&old))
+    }
+
+    fn write(&self, model: &Bert, folder: &Path) -> Result<()> {
         if model.linears().iter().any(|(_, layer)| layer.adapter().is_some()) {
             let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some(self.base.clone()) };
-            save_peft(model, &folder, &task)?;
+            save_peft(model, folder, &task)?;
         } else {
             let labels = self.about.task.labels().map_or(vec![], |labels| labels.names().to_vec());
             let head = Head { labels, problem: Some(self.about.task.problem().into()) };
-            model.save(self.checkpoint, &head, &folder)?;
+            model.save(self.checkpoint, &head, folder)?;
         }
-        self.about.write(&folder)
+        self.about.write(folder)
+    }
+}
+
+/// Removes a folder, or what else is there.
+fn remove(path: &Path) -> std::io::Result<()> {
+    match path.is_dir() {
+        true => fs::remove_dir_all(path),
+        false if path.exists() => fs::remove_file(path),
+        false => Ok(()),
     }
 }
 

@@ -11,7 +11,7 @@ use randlora::adapters::Attached;
 use randlora::data::Batches;
 use randlora::io::{Checkpoint, PeftAdapter};
 use randlora::models::{Bert, BertConfig, BertLoad};
-use randlora::nn::TokenIds;
+use randlora::nn::{Module, TokenIds};
 use randlora::optim::{AdamW, Schedule};
 use randlora::train::{Flow, Progress, Trainer};
 use randlora::{Device, Error, Result};
@@ -22,7 +22,7 @@ use super::encode::Encoder;
 use super::labels::LabelSet;
 use super::model::{self, batch};
 use super::output::{peak_memory, say};
-use super::table::{self, Example, Label, Labels, wrong};
+use super::table::{self, Example, Label, Labels};
 use super::task::{Answers, Kind, Scores, Task};
 use super::{Failure, eval};
 pub(crate) use args::Args;
@@ -62,14 +62,18 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
     };
 
     let device = Device::cpu();
-    let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels, seed: args.seed }, &device)?;
-    let attached = match &adapter {
-        Some(adapter) => adapter.attach(&mut model)?,
-        None => args.settings().attach(&mut model)?,
+    let model = match &adapter {
+        Some(adapter) => model::adapted(&checkpoint, Some(adapter), &device)?,
+        None => {
+            let wanted = BertLoad { labels, seed: args.seed };
+            let (mut model, loaded) = Bert::load(&checkpoint, wanted, &device)?;
+            args.settings().attach(&mut model, &loaded.fresh)?;
+            model
+        }
     };
     let folder = Folder::new(args, &checkpoint, about)?;
-    eprintln!("{}: {attached}", folder.method(&model));
-    let run = Run { args, device, folder, attached, train, test };
+    eprintln!("{}: {}", folder.method(&model), Attached::of(&model));
+    let run = Run { args, device, folder, train, test };
     run.train(model)
 }
 
@@ -88,12 +92,10 @@ fn about(
         }),
         false => Ok(wanted),
     };
-    if let (Some(folder), Some(adapter)) = (&args.model.adapter, adapter) {
-        let about = About::read(folder)?
-            .ok_or_else(|| wrong(folder, "randlora.json is missing, so its labels are not known"))?;
-        let classifier = adapter.whole().any(|(name, _)| name == "classifier.weight");
+    if let Some(adapter) = adapter {
+        let about = model::about(&args.model, checkpoint, Some(adapter))?;
         let max_length = longest(args.max_length.unwrap_or(about.max_length))?;
-        return Ok((About { max_length, ..about.clone() }, classifier.then(|| about.task.outputs())));
+        return Ok((About { max_length, ..about }, None));
     }
     let max_length = longest(args.max_length.unwrap_or(config.positions.min(128)))?;
     let several = train.iter().any(|e| matches!(e.label, Some(Label::Many(_))));
@@ -128,7 +130,6 @@ struct Run<'a> {
     args: &'a Args,
     device: Device,
     folder: Folder<'a>,
-    attached: Attached,
     train: Data,
     test: Option<Data>,
 }
@@ -169,6 +170,7 @@ impl Run<'_> {
             record.step(progress, speed)?;
             if progress.epoch_ends {
                 let epoch = progress.epoch + 1;
+                check_finite(model, progress.step)?;
                 let scores = self.evaluate(model, progress.step)?;
                 record.epoch(epoch, progress.step, scores.as_ref())?;
                 self.folder.save(model, "last")?;
@@ -189,7 +191,7 @@ impl Run<'_> {
             let steps = kept.restore(&mut model)?;
             self.folder.save(&model, "last")?;
             if self.test.is_none() {
-                // The last is the best then, and may have been saved just before it was found bad.
+                // The last is the best then.
                 self.folder.save(&model, "best")?;
             }
             let place = self.folder.path("last");
@@ -236,7 +238,7 @@ impl Run<'_> {
             };
             return say(json!({
                 "method": self.folder.method(model),
-                "trained_parameters": self.attached.trained,
+                "trained_parameters": model.trainable_count(),
                 "best": scores(best, of_best),
                 "last": scores(self.args.epochs, of_last),
                 "train_loss": record.last_loss(),
@@ -251,7 +253,7 @@ impl Run<'_> {
         let memory = peak_memory().map_or(String::new(), |b| format!(", at most {} MiB", b >> 20));
         say(format_args!(
             "{} numbers trained in {seconds:.1} s, {speed:.0} tokens/s{memory}",
-            self.attached.trained
+            model.trainable_count()
         ))
     }
 }
@@ -259,4 +261,14 @@ impl Run<'_> {
 /// What the best state has most of: the first score, or the least loss where that is undefined.
 fn choice((loss, scores): &(f64, Scores)) -> f64 {
     scores.first().and_then(|(_, value)| *value).unwrap_or(-loss)
+}
+
+/// An error where what is trained is no longer finite after step `step`: no loss has seen it yet.
+fn check_finite(model: &Bert, step: usize) -> Result<()> {
+    for (name, parameter) in model.parameters() {
+        if parameter.is_trainable() && !parameter.value().to_vec::<f32>()?.iter().all(|x| x.is_finite()) {
+            return Err(Error::NonFinite { what: format!("`{name}`"), step });
+        }
+    }
+    Ok(())
 }

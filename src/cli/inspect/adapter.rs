@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use randlora::io::{Access, Checkpoint, PeftAdapter};
-use randlora::models::{Bert, BertLoad};
 use randlora::nn::{Linear, LinearAdapter, Module};
 use randlora::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::{head, labels_lines, line, list, number, shape, string};
+use crate::cli::model::adapted;
 use crate::cli::{Failure, output};
 
 /// An adapter, and with its model how large its updates are.
@@ -70,12 +70,7 @@ fn natural(name: &str) -> Vec<(usize, &str)> {
 
 fn layers_of_model(adapter: &PeftAdapter, folder: &Path, device: &Device) -> Result<Vec<Value>, Failure> {
     let checkpoint = Checkpoint::open(folder, Access::Map)?;
-    let mut whole = adapter.whole();
-    // The classifier is the adapter's own.
-    let labels =
-        whole.find(|(name, _)| *name == "classifier.weight").and_then(|(_, sizes)| sizes.first().copied());
-    let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels, seed: 0 }, device)?;
-    adapter.attach(&mut model)?;
+    let model = adapted(&checkpoint, Some(adapter), device)?;
     let mut layers = Vec::new();
     for (name, layer) in model.linears() {
         if let Some(adapter) = layer.adapter() {

@@ -33,11 +33,11 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
         let (path, most) = (args.path.display(), stored.positions);
         return Err(format!("--length {length}: the model in {path} reads {most} tokens at most").into());
     }
-    let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, &device)?;
+    let (mut model, loaded) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, &device)?;
     drop(checkpoint);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let settings = Settings { method, targets: &args.targets, rank, scale: None, dropout: 0.0, seed: 0 };
-    settings.attach(&mut model)?;
+    settings.attach(&mut model, &loaded.fresh)?;
     let peak = peak_bytes(&mut model, args.batch_size as usize, length, &device)?;
     let mut value = numbers(&model);
     value["kind"] = json!("plan");

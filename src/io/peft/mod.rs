@@ -124,6 +124,11 @@ impl PeftAdapter {
             .filter_map(|name| Some((name.as_str(), &self.file.entry(&format!("{MODEL}{name}"))?.dims[..])))
     }
 
+    /// An error about the adapter's tensors.
+    pub fn error(&self, message: impl Into<String>) -> Error {
+        Error::data(self.file.what(), message)
+    }
+
     /// Attaches the adapter to a model, whose other parameters are frozen. Layers are found by their
     /// names; all of them may lie within an inner model that the adapter was made for
     /// (`encoder.layer.0…` of a model that has `bert.encoder.layer.0…`).
@@ -159,7 +164,7 @@ impl PeftAdapter {
             (Some(prefix), None) => Ok(prefix.to_string()),
             (Some(_), Some(_)) => {
                 let message = format!("`{missing}` may be one of several layers of the model");
-                Err(Error::data(self.file.what(), message))
+                Err(self.error(message))
             }
             (None, _) => Err(Error::NoMatch { wanted: format!("`{missing}`"), available }),
         }
@@ -187,7 +192,7 @@ impl PeftAdapter {
             (modules.contains(module) || promised.matches(module)) && !values.contains_key(*name)
         };
         match parameters.keys().find(missing) {
-            Some(name) => Err(Error::data(self.file.what(), format!("`{MODEL}{name}` is missing"))),
+            Some(name) => Err(self.error(format!("`{MODEL}{name}` is missing"))),
             None => Ok(values),
         }
     }
@@ -197,7 +202,7 @@ impl PeftAdapter {
         let value = self.file.tensor(&format!("{MODEL}{name}"), device)?;
         if value.dims() != dims {
             let message = format!("`{name}` is {:?} where the model needs {dims:?}", value.dims());
-            return Err(Error::data(self.file.what(), message));
+            return Err(self.error(message));
         }
         value.to_dtype(dtype)
     }
@@ -226,7 +231,7 @@ impl PeftAdapter {
         let (a, b) = (a?, b?);
         let &[rank, 1, small] = a.dims() else {
             let message = format!("randlora_A is {:?}, not (r, 1, MIN)", a.dims());
-            return Err(Error::data(self.file.what(), message));
+            return Err(self.error(message));
         };
         Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft)
             .map_err(|error| self.of_file(error))
@@ -246,7 +251,7 @@ impl PeftAdapter {
             self.file.entries().map(|(key, _)| key).filter(|key| key.ends_with(name)).collect();
         let once = format!("{ROOT}{name}");
         let Some(first) = keys.iter().find(|key| **key == once).or(keys.first()) else {
-            return Err(Error::data(self.file.what(), format!("`{once}` is missing")));
+            return Err(self.error(format!("`{once}` is missing")));
         };
         let values = self.file.tensor(first, device)?.to_dtype(DType::F32)?;
         for key in &keys {
