@@ -107,7 +107,7 @@ impl Method for RandLora {
 }
 
 /// One layer's diagonals, and the bases that it shares.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RandLoraAdapter {
     lambda: Parameter,
     gamma: Parameter,
