@@ -7,10 +7,14 @@ mod attach;
 mod bases;
 mod full;
 mod lora;
+mod origin;
 mod randlora;
+mod torch;
 
 pub use attach::{Attached, LayerInfo, Method, Settings, Targets, attach, by_name, train_only};
 pub use bases::{BasesSpec, Distribution};
 pub use full::Full;
 pub use lora::{Lora, LoraAdapter};
+pub use origin::BasesOrigin;
 pub use randlora::{RandLora, RandLoraAdapter};
+pub use torch::{TorchBases, TorchDraw};

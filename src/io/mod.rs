@@ -15,5 +15,5 @@ pub(crate) mod tests;
 pub use checkpoint::Checkpoint;
 pub use files::write_whole;
 pub use map::Access;
-pub use peft::{PeftAdapter, PeftConfig, PeftTask, save_peft};
+pub use peft::{Biases, PeftAdapter, PeftConfig, PeftTask, save_compact, save_peft};
 pub use safetensors::{Entry, FileType, SafeTensors, save_safetensors};
