@@ -217,6 +217,7 @@ pub mod optim;
 mod random;
 mod shape;
 mod storage;
+mod system;
 mod tensor;
 pub mod train;
 
