@@ -111,3 +111,15 @@ fn clocks_processes_and_threads_are_asked_for_in_one_file() {
         }
     }
 }
+
+/// `println!` panics where standard output is closed or full: results go through `say`.
+#[test]
+fn results_are_printed_in_one_file() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for file in files(&src).into_iter().filter(|file| !file.ends_with("cli/output.rs")) {
+        for line in code(&file).lines() {
+            let line = line.replace("eprint", "");
+            assert!(!line.contains("println!") && !line.contains("print!("), "{}: {line}", file.display());
+        }
+    }
+}
