@@ -9,7 +9,7 @@ use randlora::adapters::{BasesOrigin, Distribution, Lora, Method, RandLora, Targ
 use randlora::io::{Access, PeftAdapter, PeftTask, SafeTensors, save_compact, save_peft};
 use randlora::models::Bert;
 use randlora::nn::{Context, ItemMut, Module};
-use randlora::{DType, Device, Pairing, Tensor};
+use randlora::{DType, Device, Pairing, Structure, Tensor};
 
 const COMPACT: &str = "compact.safetensors";
 const LAYERS: [&str; 4] = ["query", "value", "intermediate.dense", "output.dense"];
@@ -62,6 +62,7 @@ fn all_comes_back_bit_for_bit() {
             scale: 1e-30,
             ..RandLora::default()
         },
+        RandLora { rank: 5, structure: Structure::Block, ..RandLora::default() },
     ];
     for (i, method) in methods.iter().enumerate() {
         let model = adapted(method, &LAYERS);
@@ -113,9 +114,16 @@ fn what_peft_saved_becomes_compact_where_its_seed_makes_the_same_bases() {
 
 #[test]
 fn from_pefts_form_to_the_compact_one_and_back() {
-    let method = RandLora { rank: 5, seed: 9, pairing: Pairing::Peft, ..RandLora::default() };
-    let model = adapted(&method, &LAYERS);
-    let [peft, compact, again] = ["there", "between", "back"].map(|name| Folder::with(name, &[]));
+    for structure in [Structure::Dense, Structure::Block] {
+        let method = RandLora { rank: 5, seed: 9, structure, pairing: Pairing::Peft, ..RandLora::default() };
+        there_and_back(&method);
+    }
+}
+
+fn there_and_back(method: &RandLora) {
+    let model = adapted(method, &LAYERS);
+    let [peft, compact, again] =
+        ["there", "between", "back"].map(|name| Folder::with(&format!("{name}-{:?}", method.structure), &[]));
     save_peft(&model, &peft.0, &PeftTask::default()).unwrap();
     // The file says what its bases follow from.
     let adapter = PeftAdapter::open(&peft.0).unwrap();

@@ -43,7 +43,7 @@
 //! | `from` | both | `randlora`: the format of this crate's adapters; `torch`: PEFT's draw |
 //! | `rank`, `small`, `large` | both | r and the largest sides; A is (r, small), B (large, ⌈small/r⌉, r) |
 //! | `seed` | both | a decimal number in a text |
-//! | `structure` | randlora | `dense` |
+//! | `structure` | randlora | `dense`, or `block`: B is (large, r), and row d belongs to basis ⌊d/r⌋ mod n |
 //! | `distribution` | randlora | `uniform`, `normal` or `ternary`; with `sparsity`, a decimal number in a text |
 //! | `pairing` | randlora | `paper` or `peft` |
 //! | `draw` | torch | `bf16` or `f16`: uniform, in that type; `sparse`, `very_sparse` |
