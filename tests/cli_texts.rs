@@ -226,3 +226,30 @@ fn predictions_of_arguments_and_of_lines() {
     let said = object(&["predict", "--model", &work.path("full/best"), "w12 good w13"]);
     assert_eq!(said["label"], "yes");
 }
+
+#[test]
+fn a_line_that_cannot_be_read_is_named() {
+    let work = Work::empty("lines");
+    let (model, adapter) = (model(&work), fixture("our_adapters/lora"));
+    let refused = |more: &[&str], lines: &[u8]| {
+        let mut child = command(&[&["predict", "--model", &model, "--adapter", &adapter], more].concat())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command runs");
+        child.stdin.take().expect("a pipe").write_all(lines).expect("it reads");
+        let output = child.wait_with_output().expect("it ends");
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).expect("UTF-8")
+    };
+    let before = "w12 good\n".repeat(70);
+    assert_eq!(
+        refused(&[], &[before.as_bytes(), b"w13\n\xff\n"].concat()),
+        "error: standard input: line 72: this is not UTF-8: convert the text\n"
+    );
+    assert_eq!(
+        refused(&["--pair"], b"w12\tw13\nw14\n"),
+        "error: standard input: line 2: there is no tab between two texts\n"
+    );
+}

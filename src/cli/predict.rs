@@ -60,9 +60,15 @@ fn predict(args: &Args) -> Result<()> {
     let mut lines = io::stdin().lock().lines();
     let mut first = 1;
     loop {
-        let some: io::Result<Vec<String>> = lines.by_ref().take(LINES).collect();
         let path = Path::new("standard input");
-        let some = some.map_err(|e| wrong_at(path, first, e.to_string()))?;
+        let mut some = Vec::with_capacity(LINES);
+        for line in lines.by_ref().take(LINES) {
+            let line = line.map_err(|error| match error.kind() {
+                io::ErrorKind::InvalidData => "this is not UTF-8: convert the text".into(),
+                _ => error.to_string(),
+            });
+            some.push(line.map_err(|message| wrong_at(path, first + some.len(), message))?);
+        }
         if some.is_empty() {
             return Ok(());
         }
