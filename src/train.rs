@@ -135,8 +135,8 @@ impl<O: Optimizer> Trainer<O> {
                     None => gradient_norm(model, &gradients, step)?,
                 };
                 self.optimizer.step(model, &gradients, learning_rate)?;
+                model.after_step(step, &gradients)?;
                 drop(gradients);
-                model.after_step(step)?;
                 seen += count(parts);
                 let examples_per_second = seen as f64 / start.elapsed().as_secs_f64().max(1e-9);
                 let epoch_ends = i + 1 == steps;

@@ -20,7 +20,7 @@ pub use block::{Activation, BlockConfig, BlockNames, EncoderBlock, Mlp, NormPlac
 pub use context::Context;
 pub use embedding::Embedding;
 pub use init::Init;
-pub use linear::{Linear, LinearAdapter};
+pub use linear::{Linear, LinearAdapter, Recipe};
 pub use module::{Item, ItemMut, Module, join};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameter::Parameter;

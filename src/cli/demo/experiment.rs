@@ -203,7 +203,12 @@ impl Experiment {
             });
             return Ok(model);
         }
-        let settings = Settings { rank: method.rank, scale: method.scale, seed, ..Settings::default() };
+        let settings = Settings {
+            rank: Some(method.rank).filter(|&rank| rank > 0),
+            scale: method.scale,
+            seed,
+            ..Settings::default()
+        };
         let adapter = adapters::by_name(method.name, &settings)?;
         let targets = Targets::names(&[
             "query",
@@ -252,8 +257,8 @@ impl Experiment {
         let base = self.load(base)?;
         let mut ranks = vec![];
         for ((name, before), (_, after)) in base.linears().into_iter().zip(model.linears()) {
-            let delta = match after.adapter() {
-                Some(adapter) => adapter.delta()?,
+            let delta = match after.delta()? {
+                Some(delta) => delta,
                 None => after.weight().value().sub(before.weight().value())?,
             };
             if name.contains("encoder") {
