@@ -4,7 +4,7 @@
 //! what the operation's vjp will read. There is no tape beside the tensors: dropping the last
 //! tensor that needs a node drops the node. Only first derivatives: a vjp runs untracked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -316,6 +316,22 @@ fn uses(root: &Arc<Node>) -> HashMap<usize, usize> {
         }
     }
     count
+}
+
+/// The leaves that a backward from x reaches.
+pub(crate) fn leaves(x: &Tensor) -> Vec<Leaf> {
+    let (mut seen, mut found) = (HashSet::new(), vec![]);
+    let mut rest: Vec<Arc<Node>> = node_of(x).into_iter().collect();
+    while let Some(node) = rest.pop() {
+        if !seen.insert(address(&node)) {
+            continue;
+        }
+        match &*node {
+            Node::Leaf => found.push(Leaf(node.clone())),
+            Node::Step(step) => rest.extend(step.parents.iter().flatten().cloned()),
+        }
+    }
+    found
 }
 
 impl Step {

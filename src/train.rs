@@ -53,6 +53,9 @@ pub struct Trainer<O> {
     pub clip: Option<f64>,
     /// The seed of the dropout masks; 0 by default.
     pub seed: u64,
+    /// Activation checkpointing, see [`Context::checkpointed`]: the same training with less memory in
+    /// more time. Off by default.
+    pub checkpoint_activations: bool,
 }
 
 /// Whether training goes on.
@@ -89,7 +92,16 @@ impl<O: Optimizer> Trainer<O> {
     /// A training with the defaults for all else.
     pub fn new(optimizer: O, learning_rate: f64, epochs: usize) -> Trainer<O> {
         let schedule = Schedule::CONSTANT;
-        Trainer { optimizer, learning_rate, schedule, epochs, accumulate: 1, clip: None, seed: 0 }
+        Trainer {
+            optimizer,
+            learning_rate,
+            schedule,
+            epochs,
+            accumulate: 1,
+            clip: None,
+            seed: 0,
+            checkpoint_activations: false,
+        }
     }
 
     /// Trains the model's trained parameters.
@@ -129,7 +141,7 @@ impl<O: Optimizer> Trainer<O> {
             for (i, parts) in batches.epoch(epoch).chunks(self.accumulate).enumerate() {
                 let step = epoch * steps + i;
                 let learning_rate = self.learning_rate * self.schedule.at(step, total);
-                let (loss, mut gradients) = gradients(model, parts, &loss, self.seed, step)?;
+                let (loss, mut gradients) = gradients(model, parts, &loss, self.context(step), step)?;
                 let gradient_norm = match self.clip {
                     Some(limit) => clip_gradients(model, &mut gradients, limit, step)?,
                     None => gradient_norm(model, &gradients, step)?,
@@ -159,6 +171,13 @@ impl<O: Optimizer> Trainer<O> {
     }
 }
 
+impl<O> Trainer<O> {
+    fn context(&self, step: usize) -> Context {
+        let ctx = Context::train(self.seed, step as u64);
+        if self.checkpoint_activations { ctx.checkpointed() } else { ctx }
+    }
+}
+
 fn count(parts: &[Vec<usize>]) -> usize {
     parts.iter().map(Vec::len).sum()
 }
@@ -168,12 +187,12 @@ fn gradients<M: Module>(
     model: &M,
     parts: &[Vec<usize>],
     loss: impl Fn(&M, &[usize], &Context) -> Result<Tensor>,
-    seed: u64,
+    ctx: Context,
     step: usize,
 ) -> Result<(f64, Gradients)> {
     let (mut mean, mut sum) = (0.0, Gradients::default());
     for (i, rows) in parts.iter().enumerate() {
-        let ctx = Context::train(seed, step as u64).enter(i as u64);
+        let ctx = ctx.enter(i as u64);
         let mut loss = loss(model, rows, &ctx)?;
         if let Some(term) = model.regulariser(&ctx)? {
             loss = loss.add(&term)?;
@@ -261,7 +280,8 @@ mod tests {
         let model = net(&device);
         let plain = |rows: &[usize]| loss(&model, rows, &Context::eval().tracked());
         let parts = [vec![0, 1, 2], vec![3, 4, 5], vec![6]];
-        let (value, sum) = gradients(&model, &parts, |_, rows, _| plain(rows), 0, 0).unwrap();
+        let (value, sum) =
+            gradients(&model, &parts, |_, rows, _| plain(rows), Context::train(0, 0), 0).unwrap();
         let whole = plain(&parts.concat()).unwrap();
         let want = whole.backward().unwrap();
         assert!((value - whole.item().unwrap()).abs() < 1e-5);

@@ -1,6 +1,8 @@
 //! Every method as a whole adapted layer, square, wide and tall: its gradients, its start, its update, its
 //! merging, its precision, its dropout, and what it refuses.
 
+use std::sync::Arc;
+
 use randlora::adapters::{
     self, AdaLora, Atlas, BitFit, Dora, Full, HydraLora, Intrinsic, LayerInfo, Lora, LoraXs, Method, Nola,
     PerLayer, Pissa, Pranc, RandLora, Settings, Svft, Targets, TaskVector, Vera, task_vector,
@@ -462,9 +464,9 @@ fn names_and_what_they_do_not_have() {
 }
 
 /// An adapter whose numbers go through a function with a wrong gradient, or the right one.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Planted {
-    mistake: Mistake,
+    mistake: Arc<Mistake>,
     wrong: bool,
     parameters: Vec<Parameter>,
 }
@@ -501,7 +503,7 @@ fn the_planted_mistakes_are_caught_in_adapters() {
     let count = mistakes::all().len();
     for i in 0..count {
         for wrong in [false, true] {
-            let mistake = mistakes::all().swap_remove(i);
+            let mistake = Arc::new(mistakes::all().swap_remove(i));
             let name = mistake.name;
             let frozen = |i: usize| mistake.frozen().get(i).copied().unwrap_or(false);
             let parameter = |(i, x)| if frozen(i) { Parameter::frozen(x) } else { Parameter::new(x) };
@@ -526,7 +528,7 @@ fn the_planted_mistakes_are_caught_in_adapters() {
 }
 
 /// LoRA with a mistake that one makes in an adapter's forward.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct WrongLora {
     a: Parameter,
     b: Parameter,

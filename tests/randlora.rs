@@ -6,7 +6,8 @@ use randlora::adapters::{self, BasesSpec, Distribution, LayerInfo, Method, RandL
 use randlora::nn::{Context, Init, Linear, Module};
 use randlora::optim::{AdamW, Optimizer};
 use randlora::{
-    DType, Device, DropoutKey, Error, Pairing, RandLoraOptions, Sizes, Tensor, Way, analysis, randlora_linear,
+    DType, Device, DropoutKey, Error, Pairing, RandLoraOptions, Sizes, Structure, Tensor, Way, analysis,
+    randlora_linear,
 };
 
 const WAYS: [(Way, Way); 4] = [
@@ -20,16 +21,31 @@ fn normal(name: &str, dims: &[usize], dtype: DType) -> Tensor {
     Init::seeded(1, &Device::cpu()).normal(name, dims, 1.0).unwrap().to_dtype(dtype).unwrap()
 }
 
+const STRUCTURES: [Structure; 2] = [Structure::Dense, Structure::Block];
+
 fn options(
     sizes: Sizes,
-    distribution: Distribution,
+    (distribution, structure): (Distribution, Structure),
     dtype: DType,
     ways: Option<(Way, Way)>,
 ) -> RandLoraOptions {
     let (rank, small, large) = (sizes.rank, sizes.small(), sizes.large());
-    let spec = BasesSpec { seed: 5, distribution, rank, small, large, pairing: Pairing::Paper };
+    let spec = BasesSpec { seed: 5, distribution, structure, rank, small, large, pairing: Pairing::Paper };
     let bases = spec.generate(&Device::cpu()).unwrap().to_dtype(dtype).unwrap();
     RandLoraOptions { bases: Arc::new(bases), scale: 0.5, dropout: None, ways }
+}
+
+/// B_i: D×r. Of block bases √n times the rows of the basis, the others zero.
+fn basis(sizes: Sizes, options: &RandLoraOptions, i: usize) -> Tensor {
+    let b = options.bases.b().slice(0, 0..sizes.large()).unwrap();
+    if options.bases.structure() == Structure::Dense {
+        return b.select(1, i).unwrap();
+    }
+    let n = sizes.bases();
+    let own = |d: usize| if d / sizes.rank % n == i { (n as f64).sqrt() } else { 0.0 };
+    let rows: Vec<f64> = (0..sizes.large()).map(own).collect();
+    let rows = Tensor::from_vec(rows, [sizes.large(), 1], &Device::cpu()).unwrap();
+    b.mul(&rows.to_dtype(b.dtype()).unwrap()).unwrap()
 }
 
 /// ΔW from dense matrices: s·Σᵢ Bᵢ Λᵢ A Γᵢ, each factor formed.
@@ -38,8 +54,7 @@ fn dense(sizes: Sizes, options: &RandLoraOptions, lambda: &Tensor, gamma: &Tenso
     let a = options.bases.a().slice(1, 0..small).unwrap();
     let mut sum = Tensor::zeros([large, small], a.dtype(), a.device()).unwrap();
     for i in 0..n {
-        let b = options.bases.b().slice(0, 0..large).unwrap().select(1, i).unwrap();
-        let scaled_b = b.mul(&lambda.select(1, i).unwrap()).unwrap();
+        let scaled_b = basis(sizes, options, i).mul(&lambda.select(1, i).unwrap()).unwrap();
         let scaled_a = a.mul(&gamma.select(0, i).unwrap()).unwrap();
         sum = sum.add(&scaled_b.matmul(&scaled_a).unwrap()).unwrap();
     }
@@ -95,21 +110,50 @@ fn all_ways_equal_the_dense_formula_in_both_precisions() {
         let (x, w) = (normal("x", &[tokens, inputs], wide), normal("w", &[outputs, inputs], wide));
         let lambda = normal("λ", &[rank, sizes.bases()], wide);
         let gamma = normal("γ", &[sizes.bases(), sizes.small()], wide);
-        let o = options(sizes, Distribution::Uniform, wide, None);
-        let want = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
-            x.linear(&w.add(&dense(sizes, &o, l, g)).unwrap(), None).unwrap()
-        });
-        for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
-            let [x, w, lambda, gamma] = [&x, &w, &lambda, &gamma].map(|t| t.to_dtype(dtype).unwrap());
-            for ways in WAYS.map(Some).into_iter().chain([None]) {
-                let o = options(sizes, Distribution::Uniform, dtype, ways);
-                let got =
-                    run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, &o).unwrap());
-                for (what, (got, want)) in ["y", "dx", "dλ", "dγ"].iter().zip(got.iter().zip(&want)) {
-                    let d = distance(got, want);
-                    assert!(d <= tolerance, "{what} of {sizes:?} in {dtype}, {ways:?}: {d:e}");
+        for structure in STRUCTURES {
+            let kind = (Distribution::Uniform, structure);
+            let o = options(sizes, kind, wide, None);
+            let want = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
+                x.linear(&w.add(&dense(sizes, &o, l, g)).unwrap(), None).unwrap()
+            });
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+                let [x, w, lambda, gamma] = [&x, &w, &lambda, &gamma].map(|t| t.to_dtype(dtype).unwrap());
+                for ways in WAYS.map(Some).into_iter().chain([None]) {
+                    let o = options(sizes, kind, dtype, ways);
+                    let got = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
+                        randlora_linear(x, &w, None, l, g, &o).unwrap()
+                    });
+                    for (what, (got, want)) in ["y", "dx", "dλ", "dγ"].iter().zip(got.iter().zip(&want)) {
+                        let d = distance(got, want);
+                        assert!(
+                            d <= tolerance,
+                            "{what} of {sizes:?}, {structure:?}, {dtype}, {ways:?}: {d:e}"
+                        );
+                    }
                 }
             }
+        }
+    }
+}
+
+/// What PEFT gets to compute with: the zeros and √n written out, its own pairing.
+#[test]
+fn block_bases_written_out_are_dense_bases_that_give_the_same() {
+    for (inputs, outputs, rank) in [(24, 24, 6), (20, 50, 7), (50, 20, 7), (12, 30, 1), (12, 30, 13)] {
+        let sizes = Sizes { tokens: 9, inputs, outputs, rank };
+        let (x, w) = (normal("x", &[9, inputs], DType::F64), normal("w", &[outputs, inputs], DType::F64));
+        let lambda = normal("λ", &[rank, sizes.bases()], DType::F64);
+        let gamma = normal("γ", &[sizes.bases(), sizes.small()], DType::F64);
+        let o = options(sizes, (Distribution::Normal, Structure::Block), DType::F64, None);
+        let written = Arc::new(o.bases.dense(sizes.bases()).unwrap());
+        assert_eq!((written.structure(), written.pairing()), (Structure::Dense, Pairing::Peft));
+        assert_eq!(written.b().dims(), [sizes.large(), sizes.bases(), rank]);
+        let of = |o: &RandLoraOptions| {
+            run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, o).unwrap())
+        };
+        let (want, got) = (of(&o), of(&RandLoraOptions { bases: written, ..o.clone() }));
+        for (got, want) in got.iter().zip(&want) {
+            assert!(distance(got, want) < 1e-12, "{sizes:?}");
         }
     }
 }
@@ -124,17 +168,19 @@ fn dropout_over_many_chunks_equals_the_dense_formula() {
         let lambda = normal("λ", &[2, sizes.bases()], DType::F64);
         let gamma = normal("γ", &[sizes.bases(), 5], DType::F64);
         let key = DropoutKey { seed: 4, step: 5, site: 6 };
-        let o = options(sizes, Distribution::Uniform, DType::F64, None);
-        let want = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
-            let adapted = x.dropout(0.3, key).unwrap().linear(&dense(sizes, &o, l, g), None).unwrap();
-            x.linear(&w, None).unwrap().add(&adapted).unwrap()
-        });
-        for ways in WAYS {
-            let o = RandLoraOptions { dropout: Some((0.3, key)), ways: Some(ways), ..o.clone() };
-            let got =
-                run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, &o).unwrap());
-            for (got, want) in got.iter().zip(&want) {
-                assert!(distance(got, want) < 1e-12, "{sizes:?}, {ways:?}");
+        for structure in STRUCTURES {
+            let o = options(sizes, (Distribution::Uniform, structure), DType::F64, None);
+            let want = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
+                let adapted = x.dropout(0.3, key).unwrap().linear(&dense(sizes, &o, l, g), None).unwrap();
+                x.linear(&w, None).unwrap().add(&adapted).unwrap()
+            });
+            for ways in WAYS {
+                let o = RandLoraOptions { dropout: Some((0.3, key)), ways: Some(ways), ..o.clone() };
+                let got =
+                    run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, &o).unwrap());
+                for (got, want) in got.iter().zip(&want) {
+                    assert!(distance(got, want) < 1e-12, "{sizes:?}, {structure:?}, {ways:?}");
+                }
             }
         }
     }
@@ -150,8 +196,8 @@ fn narrow_frozen_weights_give_what_their_widened_values_give() {
         for narrow in [DType::BF16, DType::F16] {
             let stored = normal("w", &[outputs, inputs], DType::F32).to_dtype(narrow).unwrap();
             let widened = stored.to_dtype(DType::F32).unwrap();
-            for ways in WAYS {
-                let o = options(sizes, Distribution::Normal, DType::F32, Some(ways));
+            for (ways, structure) in WAYS.into_iter().flat_map(|ways| STRUCTURES.map(|s| (ways, s))) {
+                let o = options(sizes, (Distribution::Normal, structure), DType::F32, Some(ways));
                 let of = |w: &Tensor| {
                     run(&x, &widened, &lambda, &gamma, |[x, l, g]| {
                         randlora_linear(x, w, None, l, g, &o).unwrap()
@@ -166,10 +212,10 @@ fn narrow_frozen_weights_give_what_their_widened_values_give() {
 }
 
 /// A frozen layer with an adapter of rank 4, in f64.
-fn adapted(inputs: usize, outputs: usize) -> Linear {
+fn adapted(inputs: usize, outputs: usize, structure: Structure) -> Linear {
     let mut layer = Linear::init(&Init::seeded(2, &Device::cpu()), inputs, outputs, true).unwrap();
     layer.cast(DType::F64).unwrap();
-    let method = RandLora { rank: 4, scale: 1.0, ..RandLora::default() };
+    let method = RandLora { rank: 4, scale: 1.0, structure, ..RandLora::default() };
     adapters::attach(&mut layer, &method, &Targets::AllLinear, &[]).unwrap();
     layer
 }
@@ -180,8 +226,9 @@ fn delta_rank(layer: &Linear) -> usize {
 
 #[test]
 fn the_update_starts_at_zero_and_has_full_rank_after_two_steps() {
-    for (inputs, outputs) in [(24, 24), (18, 31), (31, 18), (22, 22)] {
-        let mut layer = adapted(inputs, outputs);
+    let sizes = [(24, 24), (18, 31), (31, 18), (22, 22)];
+    for ((inputs, outputs), structure) in sizes.into_iter().flat_map(|s| STRUCTURES.map(|t| (s, t))) {
+        let mut layer = adapted(inputs, outputs, structure);
         let x = normal("x", &[50, inputs], DType::F64);
         let goal = normal("goal", &[50, outputs], DType::F64);
         let mut optimizer = AdamW::new();
@@ -193,9 +240,9 @@ fn the_update_starts_at_zero_and_has_full_rank_after_two_steps() {
         let delta = layer.delta().unwrap().unwrap().to_vec::<f64>().unwrap();
         assert!(delta.iter().all(|&d| d == 0.0));
         step(&mut layer);
-        assert_eq!(delta_rank(&layer), 4, "{inputs}→{outputs}, first step");
+        assert_eq!(delta_rank(&layer), 4, "{inputs}→{outputs}, {structure:?}, first step");
         step(&mut layer);
-        assert_eq!(delta_rank(&layer), inputs.min(outputs), "{inputs}→{outputs}, second step");
+        assert_eq!(delta_rank(&layer), inputs.min(outputs), "{inputs}→{outputs}, {structure:?}, second step");
     }
 }
 
@@ -204,11 +251,14 @@ fn the_update_starts_at_zero_and_has_full_rank_after_two_steps() {
 #[test]
 fn random_diagonals_give_all_the_rank_that_the_bases_have() {
     let sparse = [Distribution::SPARSE, Distribution::very_sparse(30)];
-    let dense_ones = [Distribution::Uniform, Distribution::Normal, Distribution::SIGNS];
-    for distribution in dense_ones.into_iter().chain(sparse) {
+    let without_zeros = [Distribution::Uniform, Distribution::Normal, Distribution::SIGNS];
+    let dense = without_zeros.into_iter().chain(sparse).map(|d| (d, Structure::Dense));
+    // Blocks of signs are square matrices of few numbers, which may be singular.
+    let block = without_zeros[..2].iter().map(|&d| (d, Structure::Block));
+    for (distribution, structure) in dense.chain(block) {
         for (inputs, outputs, rank) in [(30, 30, 4), (30, 50, 7), (50, 30, 30), (30, 50, 1)] {
             let sizes = Sizes { tokens: 0, inputs, outputs, rank };
-            let o = options(sizes, distribution, DType::F64, None);
+            let o = options(sizes, (distribution, structure), DType::F64, None);
             let lambda = normal("λ", &[rank, sizes.bases()], DType::F64);
             let gamma = normal("γ", &[sizes.bases(), 30], DType::F64);
             let a = o.bases.a().to_vec::<f64>().unwrap();
@@ -220,7 +270,7 @@ fn random_diagonals_give_all_the_rank_that_the_bases_have() {
             let zero = Tensor::zeros([outputs, inputs], DType::F64, &Device::cpu()).unwrap();
             let delta = randlora_linear(&identity, &zero, None, &lambda, &gamma, &o).unwrap();
             let found = analysis::rank(&delta).unwrap();
-            assert_eq!(found, reached, "{distribution:?} {sizes:?}");
+            assert_eq!(found, reached, "{distribution:?} {structure:?} {sizes:?}");
         }
     }
 }
@@ -241,8 +291,10 @@ fn parameter_counts_are_the_papers() {
     let llama = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 14336), (14336, 4096)];
     assert_eq!([60, 30, 15].map(|r| 32 * count(r, &llama)), [28_778_112, 56_626_112, 112_723_968]);
     // And what is attached has as many.
-    let layer = adapted(18, 31);
-    assert_eq!(layer.trainable_count(), RandLora { rank: 4, ..RandLora::default() }.trained(18, 31));
+    for structure in STRUCTURES {
+        let layer = adapted(18, 31, structure);
+        assert_eq!(layer.trainable_count(), RandLora { rank: 4, ..RandLora::default() }.trained(18, 31));
+    }
 }
 
 #[test]
@@ -258,19 +310,30 @@ fn layers_of_all_sizes_share_one_pair_of_bases() {
     let method = RandLora { rank: 4, ..RandLora::default() };
     let bases = method.bases(&[layer("a", 8, 40), layer("b", 30, 10), layer("c", 12, 12)]).unwrap().unwrap();
     assert_eq!((bases.a().dims(), bases.b().dims()), (&[4, 12][..], &[40, 3, 4][..]));
+    let block = RandLora { structure: Structure::Block, ..method };
+    let layers = [layer("a", 8, 40), layer("b", 30, 10), layer("c", 12, 12)];
+    assert_eq!(block.bases(&layers).unwrap().unwrap().b().dims(), [40, 4]);
+    assert_eq!(block.adapters(&layers).unwrap().unwrap().len(), 3);
+    // PEFT cannot tell two numbers of bases apart; with one it can.
+    let for_peft = RandLora { pairing: Pairing::Peft, ..block };
+    let error = for_peft.adapters(&layers).unwrap_err().to_string();
+    assert!(error.contains("`a` has 2 bases and `b` has 3"), "{error}");
+    assert_eq!(for_peft.adapters(&layers[1..]).unwrap().unwrap().len(), 2);
     assert_eq!(method.adapters(&[]).unwrap().unwrap().len(), 0);
 }
 
 #[test]
 fn merging_gives_the_same_outputs() {
-    let mut layer = adapted(12, 20);
-    for (name, parameter) in layer.adapter_mut().unwrap().parameters_mut() {
-        parameter.set(normal(name, parameter.value().dims(), DType::F64)).unwrap();
+    for structure in STRUCTURES {
+        let mut layer = adapted(12, 20, structure);
+        for (name, parameter) in layer.adapter_mut().unwrap().parameters_mut() {
+            parameter.set(normal(name, parameter.value().dims(), DType::F64)).unwrap();
+        }
+        let x = normal("x", &[5, 12], DType::F64);
+        let before = layer.forward(&x, &Context::eval()).unwrap();
+        layer.merge().unwrap();
+        assert!(distance(&layer.forward(&x, &Context::eval()).unwrap(), &before) < 1e-12);
     }
-    let x = normal("x", &[5, 12], DType::F64);
-    let before = layer.forward(&x, &Context::eval()).unwrap();
-    layer.merge().unwrap();
-    assert!(distance(&layer.forward(&x, &Context::eval()).unwrap(), &before) < 1e-12);
 }
 
 #[test]
@@ -278,7 +341,7 @@ fn a_gradient_for_the_frozen_weight_is_an_error_that_says_why() {
     let sizes = Sizes { tokens: 2, inputs: 6, outputs: 6, rank: 2 };
     let [x, w] = ["x", "w"].map(|n| normal(n, &[if n == "x" { 2 } else { 6 }, 6], DType::F32));
     let (lambda, gamma) = (normal("λ", &[2, 3], DType::F32), normal("γ", &[3, 6], DType::F32));
-    let o = options(sizes, Distribution::Uniform, DType::F32, None);
+    let o = options(sizes, (Distribution::Uniform, Structure::Dense), DType::F32, None);
     let error = randlora_linear(&x, &w.track(), None, &lambda, &gamma, &o).unwrap_err();
     assert!(matches!(error, Error::Frozen { .. }));
     assert!(error.to_string().contains("freeze the weight"), "{error}");

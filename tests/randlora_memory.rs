@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use randlora::adapters::{BasesSpec, Distribution};
-use randlora::{DType, Device, DropoutKey, Pairing, RandLoraOptions, Tensor, Way, randlora_linear};
+use randlora::{
+    DType, Device, DropoutKey, Pairing, RandLoraOptions, Structure, Tensor, Way, randlora_linear,
+};
 
 /// Counts live bytes, their peak, and the largest single piece.
 struct Counting;
@@ -52,16 +54,30 @@ fn start() -> usize {
     live
 }
 
-/// One forward and backward; checks what it allocated.
+/// One forward and backward with bases of both kinds; checks what it allocated.
 fn check(tokens: usize, inputs: usize, outputs: usize, rank: usize, ways: (Way, Way), dropout: f64) {
+    for structure in [Structure::Dense, Structure::Block] {
+        check_with(structure, tokens, (inputs, outputs), rank, ways, dropout);
+    }
+}
+
+fn check_with(
+    structure: Structure,
+    tokens: usize,
+    (inputs, outputs): (usize, usize),
+    rank: usize,
+    ways: (Way, Way),
+    dropout: f64,
+) {
     let key = DropoutKey { seed: 1, step: 2, site: 3 };
-    let what = format!("T {tokens}, {inputs}→{outputs}, {ways:?}");
+    let what = format!("T {tokens}, {inputs}→{outputs}, {structure:?}, {ways:?}");
     let device = Device::cpu();
     let (small, large) = (inputs.min(outputs), inputs.max(outputs));
     let n = small.div_ceil(rank);
     let spec = BasesSpec {
         seed: 0,
         distribution: Distribution::Uniform,
+        structure,
         rank,
         small,
         large,

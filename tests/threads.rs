@@ -6,7 +6,7 @@ use std::sync::Arc;
 use randlora::adapters::{BasesSpec, Distribution};
 use randlora::nn::Init;
 use randlora::{
-    AttentionOptions, DType, Device, DropoutKey, Ids, Pairing, RandLoraOptions, Result, Tensor,
+    AttentionOptions, DType, Device, DropoutKey, Ids, Pairing, RandLoraOptions, Result, Structure, Tensor,
     randlora_linear,
 };
 
@@ -54,6 +54,7 @@ fn program(seed: u64) -> Result<Vec<Tensor>> {
             let spec = BasesSpec {
                 seed,
                 distribution: Distribution::Uniform,
+                structure: if seed % 40 < 20 { Structure::Dense } else { Structure::Block },
                 rank: d % 30 + 1,
                 small: b.min(c),
                 large: b.max(c),

@@ -153,8 +153,9 @@ impl Method for AdaLora {
     }
 }
 
-/// The scores of the triplets of all layers, and which of them are one layer's.
-#[derive(Debug)]
+/// The scores of the triplets of all layers, and which of them are one layer's. Copies of a model share
+/// them: all are written anew after a step before any is read.
+#[derive(Clone, Debug)]
 struct Shared {
     scores: Arc<Mutex<Vec<Vec<f64>>>>,
     place: usize,
@@ -192,7 +193,7 @@ impl Importance {
 }
 
 /// One layer's A, B and E, and how much their entries have mattered.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct AdaLoraAdapter {
     a: Parameter,
     b: Parameter,

@@ -78,7 +78,7 @@ impl Method for Atlas {
 }
 
 /// One layer's coefficients and task vectors.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct AtlasAdapter {
     lambda: Parameter,
     vectors: Vec<Tensor>,

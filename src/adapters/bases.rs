@@ -7,7 +7,8 @@
 //! | entry | stream | word |
 //! |---|---|---|
 //! | A[k, j] | 0 | k·2³² + j |
-//! | B_i[d, k] | 1 + i | k·2³² + d |
+//! | B_i[d, k] of dense bases | 1 + i | k·2³² + d |
+//! | B_i[d, k] of block bases, i = ⌊d/r⌋ mod n | 1 | k·2³² + d |
 //!
 //! A word w becomes an entry of mean 0 and variance 1, computed in f64 and rounded once to f32:
 //!
@@ -18,12 +19,15 @@
 //! | ternary, sparsity s | √(s/2) if w < ⌊2³²/s⌋, −√(s/2) if w ≥ 2³² − ⌊2³²/s⌋, else 0 |
 //!
 //! s = 2 is the ±1 basis, s = 6 the paper's "sparse", s = √m its "very sparse" (§6.4).
+//!
+//! In block bases a row of B is zero but for the columns of the one basis ⌊d/r⌋ mod n; the entries there
+//! are what dense bases have in their first, times √n when a layer with n bases uses them.
 
 use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::randlora::{Bases, Pairing};
+use crate::ops::randlora::{Bases, Pairing, Structure};
 use crate::random;
 use crate::tensor::Tensor;
 
@@ -80,13 +84,15 @@ pub struct BasesSpec {
     pub seed: u64,
     /// What the entries look like.
     pub distribution: Distribution,
+    /// Which rows of B a basis has.
+    pub structure: Structure,
     /// r: the rank of one basis.
     pub rank: usize,
     /// The largest smaller side of the layers.
     pub small: usize,
     /// The largest larger side of the layers.
     pub large: usize,
-    /// Which row of the scaled A meets which column of B.
+    /// Which row of the scaled A meets which column of B. Of no matter for block bases.
     pub pairing: Pairing,
 }
 
@@ -94,15 +100,25 @@ pub struct BasesSpec {
 const ROWS: usize = 256;
 
 impl BasesSpec {
-    /// Makes the bases: A (r, small) and B (large, ⌈small/r⌉, r) in f32.
+    /// Makes the bases in f32: A (r, small) and B (large, ⌈small/r⌉, r), or (large, r) of block bases.
     ///
     /// ```
     /// use randlora::adapters::{BasesSpec, Distribution};
-    /// use randlora::{Device, Pairing};
+    /// use randlora::{Device, Pairing, Structure};
     ///
-    /// let spec = BasesSpec { seed: 0, distribution: Distribution::Uniform, rank: 4, small: 10, large: 16, pairing: Pairing::Paper };
+    /// let spec = BasesSpec {
+    ///     seed: 0,
+    ///     distribution: Distribution::Uniform,
+    ///     structure: Structure::Dense,
+    ///     rank: 4,
+    ///     small: 10,
+    ///     large: 16,
+    ///     pairing: Pairing::Paper,
+    /// };
     /// let bases = spec.generate(&Device::cpu())?;
     /// assert_eq!((bases.a().dims(), bases.b().dims()), (&[4, 10][..], &[16, 3, 4][..]));
+    /// let blocks = BasesSpec { structure: Structure::Block, ..spec }.generate(&Device::cpu())?;
+    /// assert_eq!(blocks.b().dims(), [16, 4]);
     /// # Ok::<(), randlora::Error>(())
     /// ```
     ///
@@ -120,23 +136,26 @@ impl BasesSpec {
             return Err(Error::config("sparsity", format!("{sparsity} is not at least 2 and finite")));
         }
         let a_shape = crate::shape::Shape::new(&[rank, small])?;
-        let b_shape = crate::shape::Shape::new(&[large, small.div_ceil(rank), rank])?;
+        let b_shape = match self.structure {
+            Structure::Dense => crate::shape::Shape::new(&[large, small.div_ceil(rank), rank])?,
+            Structure::Block => crate::shape::Shape::new(&[large, rank])?,
+        };
         let mut a = device.host().buffer::<f32>(a_shape.numel())?;
         if small > 0 {
             a.par_chunks_mut(small).enumerate().for_each(|(k, row)| self.fill(0, k, 0, row));
         }
         let mut b = device.host().buffer::<f32>(b_shape.numel())?;
-        let columns = b_shape[1] * rank;
+        let columns = b_shape.numel() / large.max(1);
         if columns > 0 {
             b.par_chunks_mut(ROWS * columns)
                 .enumerate()
                 .for_each(|(i, rows)| self.fill_rows(i * ROWS, columns, rows));
         }
-        Bases::new(
-            &Tensor::from_buffer(a, a_shape, device),
-            &Tensor::from_buffer(b, b_shape, device),
-            self.pairing,
-        )
+        let (a, b) = (Tensor::from_buffer(a, a_shape, device), Tensor::from_buffer(b, b_shape, device));
+        match self.structure {
+            Structure::Dense => Bases::new(&a, &b, self.pairing),
+            Structure::Block => Bases::block(&a, &b),
+        }
     }
 
     /// The entries from..from + out.len() of column k of a matrix's stream.
@@ -161,7 +180,15 @@ mod tests {
     use super::*;
 
     fn spec(distribution: Distribution) -> BasesSpec {
-        BasesSpec { seed: 42, distribution, rank: 5, small: 18, large: 300, pairing: Pairing::Paper }
+        BasesSpec {
+            seed: 42,
+            distribution,
+            structure: Structure::Dense,
+            rank: 5,
+            small: 18,
+            large: 300,
+            pairing: Pairing::Paper,
+        }
     }
 
     fn b(spec: BasesSpec) -> Vec<f32> {
@@ -178,8 +205,8 @@ mod tests {
     /// bases. tests/oracle/bases.py makes the same ones from the written formulas.
     #[test]
     fn golden() {
-        let of = |d| {
-            let bases = spec(d).generate(&Device::cpu()).unwrap();
+        let of = |spec: BasesSpec| {
+            let bases = spec.generate(&Device::cpu()).unwrap();
             (hash(&bases.a().to_vec::<f32>().unwrap()), hash(&bases.b().to_vec::<f32>().unwrap()))
         };
         let hashes = [
@@ -189,10 +216,26 @@ mod tests {
             Distribution::SPARSE,
             Distribution::very_sparse(768),
         ]
-        .map(of);
+        .map(|distribution| of(spec(distribution)));
         assert_eq!(hashes, GOLDEN, "{hashes:#x?}");
+        let block = |d| of(BasesSpec { structure: Structure::Block, ..spec(d) });
+        let hashes = [block(Distribution::Uniform), block(Distribution::Normal)];
+        assert_eq!(hashes, GOLDEN_BLOCK, "{hashes:#x?}");
     }
 
+    /// And what layers with three bases make of them, zeros and √3 included.
+    #[test]
+    fn golden_written_out() {
+        let block = BasesSpec { structure: Structure::Block, ..spec(Distribution::Uniform) };
+        let dense = block.generate(&Device::cpu()).unwrap().dense(3).unwrap();
+        assert_eq!(dense.b().dims(), [300, 3, 5]);
+        let found = hash(&dense.b().to_vec::<f32>().unwrap());
+        assert_eq!(found, GOLDEN_WRITTEN_OUT, "{found:#x}");
+    }
+
+    const GOLDEN_BLOCK: [(u64, u64); 2] =
+        [(0x2fbe_0d71_23a6_a109, 0x6387_1924_33aa_45a2), (0xba6a_f499_a8af_63a2, 0x65b0_4a4c_d468_5465)];
+    const GOLDEN_WRITTEN_OUT: u64 = 0x1810_00e0_9a7a_98c4;
     const GOLDEN: [(u64, u64); 5] = [
         (0x2fbe_0d71_23a6_a109, 0x8766_adcd_c4d3_85fb),
         (0xba6a_f499_a8af_63a2, 0x7a37_02f2_076a_83f3),
@@ -208,6 +251,24 @@ mod tests {
         let (a, b) = (b(small), b(large));
         for row in 0..300 {
             assert_eq!(a[row * 20..(row + 1) * 20], b[row * 30..row * 30 + 20]);
+        }
+    }
+
+    #[test]
+    fn blocks_have_the_entries_of_the_first_basis_in_their_rows() {
+        let dense = spec(Distribution::Normal);
+        let first = b(dense);
+        let block = BasesSpec { structure: Structure::Block, ..dense };
+        let (own, n) = (b(block), 4);
+        let written = block.generate(&Device::cpu()).unwrap().dense(n).unwrap().b().to_vec::<f32>().unwrap();
+        for d in 0..300 {
+            let row = &own[d * 5..][..5];
+            assert_eq!(row, &first[d * 20..][..5]);
+            for q in 0..20 {
+                // PEFT has rank ⌊q/n⌋ of basis q mod n here.
+                let there = if q % n == d / 5 % n { 2.0 * row[q / n] } else { 0.0 };
+                assert_eq!(written[d * 20 + q], there);
+            }
         }
     }
 

@@ -71,7 +71,7 @@ impl Method for Dora {
 }
 
 /// One layer's A, B and m.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DoraAdapter {
     a: Parameter,
     b: Parameter,

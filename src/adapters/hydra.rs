@@ -67,7 +67,7 @@ impl Method for HydraLora {
 }
 
 /// One layer's A, Bᵢ and G.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct HydraLoraAdapter {
     a: Parameter,
     /// The Bᵢ side by side (out, N·r).

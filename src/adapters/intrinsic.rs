@@ -73,7 +73,7 @@ impl Method for Intrinsic {
 }
 
 /// One layer's θ, and the transform that it shares.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct IntrinsicAdapter {
     theta: Parameter,
     transform: Arc<Fastfood>,

@@ -56,7 +56,7 @@ impl Method for Lora {
 }
 
 /// One layer's A and B.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LoraAdapter {
     a: Parameter,
     b: Parameter,

@@ -59,7 +59,7 @@ impl Method for LoraXs {
 }
 
 /// One layer's R, and the singular vectors around it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LoraXsAdapter {
     r: Parameter,
     /// Vᵣᵀ (r, in).

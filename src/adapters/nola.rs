@@ -78,7 +78,7 @@ pub(super) fn some_coefficients(count: usize) -> Result<()> {
 }
 
 /// One layer's coefficients, and what their matrices follow from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct NolaAdapter {
     alpha: Parameter,
     beta: Parameter,

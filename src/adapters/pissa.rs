@@ -66,7 +66,7 @@ impl Method for Pissa {
 }
 
 /// One layer's A and B, and what they started at.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PissaAdapter {
     a: Parameter,
     b: Parameter,

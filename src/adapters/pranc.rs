@@ -62,7 +62,7 @@ impl Method for Pranc {
 }
 
 /// One layer's coefficients, and what their matrices follow from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PrancAdapter {
     alpha: Parameter,
     shape: Shape,

@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Context, LinearAdapter, Parameter};
 use crate::ops::dropout::check_rate;
-use crate::ops::randlora::{Bases, Pairing, RandLoraOptions, Sizes, Way, randlora_linear};
+use crate::ops::randlora::{Bases, Pairing, RandLoraOptions, Sizes, Structure, Way, randlora_linear};
 use crate::tensor::Tensor;
 
 /// RandLoRA's settings.
@@ -31,7 +31,11 @@ pub struct RandLora {
     pub seed: u64,
     /// What the entries of the bases look like.
     pub distribution: Distribution,
-    /// Which row of the scaled A meets which column of B.
+    /// Which rows of B a basis has: all, or with block bases some for itself, which makes the layer
+    /// nearly as cheap as LoRA.
+    pub structure: Structure,
+    /// Which row of the scaled A meets which column of B; for block bases, whether the adapter is to
+    /// be saved for PEFT.
     pub pairing: Pairing,
     /// These ways of computing instead of the cheapest.
     pub ways: Option<(Way, Way)>,
@@ -45,6 +49,7 @@ impl Default for RandLora {
             dropout: 0.0,
             seed: 0,
             distribution: Distribution::Uniform,
+            structure: Structure::Dense,
             pairing: Pairing::Paper,
             ways: None,
         }
@@ -71,12 +76,37 @@ impl RandLora {
         let spec = BasesSpec {
             seed: self.seed,
             distribution: self.distribution,
+            structure: self.structure,
             rank: self.rank,
             small: layers.iter().map(LayerInfo::small).max().unwrap_or(0),
             large: layers.iter().map(LayerInfo::large).max().unwrap_or(0),
             pairing: self.pairing,
         };
         spec.generate(&first.device).map(Some)
+    }
+}
+
+impl RandLora {
+    /// An error for block bases that are meant for PEFT and layers that PEFT cannot give them to: whose
+    /// row of B a row is follows from a layer's number of bases, and PEFT's file has one B for all.
+    fn check_savable(&self, layers: &[LayerInfo]) -> Result<()> {
+        let bases = |layer: &LayerInfo| layer.small().div_ceil(self.rank);
+        let other = layers.iter().find(|layer| bases(layer) != bases(&layers[0]));
+        match other {
+            Some(other) if (self.structure, self.pairing) == (Structure::Block, Pairing::Peft) => {
+                let (a, b) = (&layers[0], other);
+                let message = format!(
+                    "`{}` has {} bases and `{}` has {}, which PEFT cannot tell apart in block bases: adapt \
+                     layers of one smaller side, or use dense bases",
+                    a.name,
+                    bases(a),
+                    b.name,
+                    bases(b)
+                );
+                Err(Error::config("bases", message))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -90,6 +120,7 @@ impl Method for RandLora {
             return Err(Error::config("rank", "a basis has at least rank 1"));
         }
         check_rate(self.dropout)?;
+        self.check_savable(layers)?;
         let Some(bases) = self.bases(layers)? else { return Ok(Some(vec![])) };
         // Layers of both types would each want the bases in their own.
         let wide = layers.iter().any(|layer| layer.dtype == DType::F64);
@@ -107,7 +138,7 @@ impl Method for RandLora {
 }
 
 /// One layer's diagonals, and the bases that it shares.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RandLoraAdapter {
     lambda: Parameter,
     gamma: Parameter,

@@ -44,7 +44,7 @@ impl Method for Svft {
 }
 
 /// One layer's diagonals, and the singular vectors around them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SvftAdapter {
     /// The diagonals one after the other: 0, 1, −1, 2, −2 …
     m: Parameter,

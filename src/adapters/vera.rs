@@ -67,7 +67,7 @@ impl Method for Vera {
 }
 
 /// One layer's diagonals, and its part of the matrices that all share.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct VeraAdapter {
     lambda_b: Parameter,
     lambda_d: Parameter,

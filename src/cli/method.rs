@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use randlora::adapters::{self, Attached, Lora, Method, RandLora};
+use randlora::adapters::{self, Attached, Distribution, Lora, Method, RandLora};
 use randlora::models::Bert;
-use randlora::nn::Module;
-use randlora::{Pairing, Result};
+use randlora::nn::{Linear, Module};
+use randlora::{Pairing, Result, Structure};
 
 use super::targets;
 
@@ -20,6 +20,38 @@ pub(crate) enum MethodName {
     Full,
     /// The classifier alone is trained.
     Head,
+}
+
+/// RandLoRA's random bases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BasesName {
+    /// Dense, uniform entries: the paper's best.
+    #[default]
+    Uniform,
+    /// Dense, normal entries.
+    Normal,
+    /// Dense, entries ±1.
+    Signs,
+    /// Two thirds of the entries are zero.
+    Sparse,
+    /// All but a share of 2/√m of the entries are zero.
+    VerySparse,
+    /// Each basis has rows of its own: nearly as fast as LoRA, and bases of a fraction of the size.
+    Block,
+}
+
+impl BasesName {
+    /// The entries and the structure, for a model whose layers' largest smaller side is `small`.
+    fn kind(self, small: usize) -> (Distribution, Structure) {
+        match self {
+            BasesName::Uniform => (Distribution::Uniform, Structure::Dense),
+            BasesName::Normal => (Distribution::Normal, Structure::Dense),
+            BasesName::Signs => (Distribution::SIGNS, Structure::Dense),
+            BasesName::Sparse => (Distribution::SPARSE, Structure::Dense),
+            BasesName::VerySparse => (Distribution::very_sparse(small), Structure::Dense),
+            BasesName::Block => (Distribution::Uniform, Structure::Block),
+        }
+    }
 }
 
 /// What is trained in every method.
@@ -53,6 +85,7 @@ pub(crate) struct Settings<'a> {
     pub(crate) targets: &'a str,
     pub(crate) rank: Option<usize>,
     pub(crate) scale: Option<f64>,
+    pub(crate) bases: Option<BasesName>,
     pub(crate) dropout: f64,
     pub(crate) seed: u64,
 }
@@ -68,6 +101,8 @@ impl Settings<'_> {
         let modules = fresh.iter().filter_map(|name| Some(name.rsplit_once('.')?.0));
         let whole: BTreeSet<&str> = modules.chain([CLASSIFIER]).collect();
         let whole: Vec<&str> = whole.into_iter().collect();
+        let layers: Vec<String> = model.linears().into_iter().map(|(name, _)| name).collect();
+        let targets = || targets::parse(self.targets, &layers);
         let method: Box<dyn Method> = match self.method {
             MethodName::Head => return adapters::train_only(model, &whole),
             MethodName::Full => {
@@ -79,10 +114,15 @@ impl Settings<'_> {
             MethodName::Randlora => {
                 let default = RandLora::default();
                 let scale = self.scale.unwrap_or(default.scale);
-                Box::new(RandLora { rank, scale, dropout, seed, pairing: Pairing::Peft, ..default })
+                let smaller = |layer: &Linear| layer.inputs().min(layer.outputs());
+                let targets = targets()?;
+                let adapted = model.linears().into_iter().filter(|(name, _)| targets.matches(name));
+                let small = adapted.map(|(_, layer)| smaller(layer)).max().unwrap_or(0);
+                let (distribution, structure) = self.bases.unwrap_or_default().kind(small);
+                let pairing = Pairing::Peft;
+                Box::new(RandLora { rank, scale, dropout, seed, distribution, structure, pairing, ..default })
             }
         };
-        let layers: Vec<String> = model.linears().into_iter().map(|(name, _)| name).collect();
-        adapters::attach(model, &*method, &targets::parse(self.targets, &layers)?, &whole)
+        adapters::attach(model, &*method, &targets()?, &whole)
     }
 }

@@ -34,7 +34,7 @@ impl AttentionConfig {
 
 /// y = concat(headᵢ)·Wᵒ with headᵢ = attention(x·Wᵢq, x·Wᵢk, x·Wᵢv) (Vaswani et al., 2017). See
 /// [`Tensor::attention`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MultiHeadAttention {
     pub(crate) query: Linear,
     pub(crate) key: Linear,

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::nn::{
-    AttentionConfig, Context, Init, Item, ItemMut, LayerNorm, Linear, Module, MultiHeadAttention, join,
+    AttentionConfig, Context, Init, Item, ItemMut, LayerNorm, Linear, Module, MultiHeadAttention, checkpoint,
+    join,
 };
 use crate::tensor::Tensor;
 
@@ -50,7 +51,7 @@ impl Activation {
 }
 
 /// Two linear layers with an activation between them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Mlp {
     up: Linear,
     activation: Activation,
@@ -148,7 +149,7 @@ pub struct BlockConfig {
 }
 
 /// Attention and an MLP, each with a norm and a way around it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct EncoderBlock {
     attention: MultiHeadAttention,
     norm1: LayerNorm,
@@ -174,13 +175,21 @@ impl EncoderBlock {
         })
     }
 
-    /// x (B, T, width) to the same shape; `keys` as in [`MultiHeadAttention::forward`].
+    /// x (B, T, width) to the same shape; `keys` as in [`MultiHeadAttention::forward`]. Under a
+    /// [`checkpoint`] where the context asks for it.
     pub fn forward(&self, x: &Tensor, keys: Option<&Arc<[bool]>>, ctx: &Context) -> Result<Tensor> {
-        self.forward_of(x, x, keys, ctx)
+        if !ctx.checkpoints() {
+            return self.forward_of(x, x, keys, ctx);
+        }
+        let keys = keys.cloned();
+        checkpoint(self, [x], ctx, move |block: &EncoderBlock, [x], ctx| {
+            block.forward_of(x, x, keys.as_ref(), ctx)
+        })
     }
 
     /// The block's output for `rows` (B, t, width) of x alone, which attend to all of x: all that the
-    /// last block has to do where a model reads one place of it.
+    /// last block has to do where a model reads one place of it. Never under a checkpoint: backward
+    /// begins with what the last block has saved, and would gain nothing where it is made again at once.
     pub fn forward_of(
         &self,
         rows: &Tensor,

@@ -21,6 +21,7 @@ use crate::tensor::Tensor;
 pub struct Context {
     mode: Mode,
     tracks: bool,
+    checkpoints: bool,
     site: u64,
 }
 
@@ -34,17 +35,23 @@ impl Context {
     /// For training: a graph, and dropout whose masks are a function of the seed, the step and the
     /// place in the model.
     pub fn train(seed: u64, step: u64) -> Context {
-        Context { mode: Mode::Train { seed, step }, tracks: true, site: 0 }
+        Context { mode: Mode::Train { seed, step }, tracks: true, checkpoints: false, site: 0 }
     }
 
     /// For evaluation: no graph, no dropout.
     pub fn eval() -> Context {
-        Context { mode: Mode::Eval, tracks: false, site: 0 }
+        Context { mode: Mode::Eval, tracks: false, checkpoints: false, site: 0 }
     }
 
     /// The same with a graph: gradients without dropout.
     pub fn tracked(self) -> Context {
         Context { tracks: true, ..self }
+    }
+
+    /// The same with each block of a transformer under a [`checkpoint`](crate::nn::checkpoint): less
+    /// memory, one more forward of each block, the same bits.
+    pub fn checkpointed(self) -> Context {
+        Context { checkpoints: true, ..self }
     }
 
     /// The context for part `index` of a module. A module that hands its context on to several
@@ -75,6 +82,11 @@ impl Context {
     /// Whether trained parameters are leaves of the graph.
     pub fn tracks(&self) -> bool {
         self.tracks
+    }
+
+    /// Whether blocks forget what they have computed, to compute it again in backward.
+    pub fn checkpoints(&self) -> bool {
+        self.checkpoints
     }
 
     /// Whether this is for training.

@@ -6,7 +6,7 @@ use crate::ops::index::Ids;
 use crate::tensor::Tensor;
 
 /// A vector for each index: of a token, a position, a segment. See [`Tensor::embedding`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Embedding {
     weight: Parameter,
 }

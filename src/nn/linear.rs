@@ -14,8 +14,8 @@ use crate::tensor::Tensor;
 pub type Recipe = BTreeMap<&'static str, String>;
 
 /// What changes a frozen linear layer. It gives the whole layer's output, so that it can fuse its
-/// update with the frozen product.
-pub trait LinearAdapter: Any + Debug + Send + Sync {
+/// update with the frozen product. An adapter is `Clone`: a copy's parameters are its own.
+pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
     /// The name of the method, as in `randlora`; its parameters' names begin with it.
     fn method(&self) -> &'static str;
 
@@ -58,8 +58,26 @@ pub trait LinearAdapter: Any + Debug + Send + Sync {
     }
 }
 
+/// The copy of an adapter whose type is not known any more; every adapter that is `Clone` has it.
+pub trait CloneAdapter {
+    /// The copy.
+    fn boxed_clone(&self) -> Box<dyn LinearAdapter>;
+}
+
+impl<A: LinearAdapter + Clone> CloneAdapter for A {
+    fn boxed_clone(&self) -> Box<dyn LinearAdapter> {
+        Box::new(self.clone())
+    }
+}
+
+impl Clone for Box<dyn LinearAdapter> {
+    fn clone(&self) -> Box<dyn LinearAdapter> {
+        (**self).boxed_clone()
+    }
+}
+
 /// y = x·Wᵀ + b: x (…, in), W (out, in), b (out), y (…, out); or what an adapter makes of it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Linear {
     weight: Parameter,
     bias: Option<Parameter>,
@@ -206,7 +224,7 @@ mod tests {
     use crate::device::Device;
 
     /// ΔW = s everywhere.
-    #[derive(Debug)]
+    #[derive(Clone, Debug)]
     struct Shift {
         s: Parameter,
         shape: [usize; 2],

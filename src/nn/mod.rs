@@ -6,6 +6,7 @@
 
 mod attention;
 mod block;
+mod checkpoint;
 mod context;
 mod embedding;
 mod init;
@@ -17,10 +18,11 @@ mod tokens;
 
 pub use attention::{AttentionConfig, MultiHeadAttention};
 pub use block::{Activation, BlockConfig, BlockNames, EncoderBlock, Mlp, NormPlace};
+pub use checkpoint::checkpoint;
 pub use context::Context;
 pub use embedding::Embedding;
 pub use init::Init;
-pub use linear::{Linear, LinearAdapter, Recipe};
+pub use linear::{CloneAdapter, Linear, LinearAdapter, Recipe};
 pub use module::{Item, ItemMut, Module, join};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameter::Parameter;

@@ -6,7 +6,7 @@ use crate::tensor::Tensor;
 
 /// Each row shifted to mean 0 and scaled to variance 1, then scaled and shifted by learned numbers
 /// (Ba, Kiros and Hinton, 2016). See [`Tensor::layer_norm`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LayerNorm {
     weight: Parameter,
     bias: Option<Parameter>,
@@ -31,7 +31,7 @@ impl LayerNorm {
 
 /// Each row scaled to a root mean square of 1, then by learned numbers (Zhang and Sennrich, 2019).
 /// See [`Tensor::rms_norm`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RmsNorm {
     weight: Parameter,
     eps: f64,

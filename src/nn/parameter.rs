@@ -20,6 +20,14 @@ pub struct Parameter {
     trainable: bool,
 }
 
+/// A copy is a parameter of its own: it shares the value's memory until one of both is changed, and its
+/// gradient is collected apart.
+impl Clone for Parameter {
+    fn clone(&self) -> Parameter {
+        Parameter { value: self.value.clone(), leaf: Leaf::new(), trainable: self.trainable }
+    }
+}
+
 impl Parameter {
     /// A parameter that is trained.
     pub fn new(value: Tensor) -> Parameter {

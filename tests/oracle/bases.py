@@ -97,6 +97,10 @@ DISTRIBUTIONS = {
 }
 
 
+def single(x):
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
 def fnv(values):
     h = 0xCBF29CE484222325
     for byte in b"".join(struct.pack("<f", v) for v in values):
@@ -112,3 +116,12 @@ if __name__ == "__main__":
         columns = [[entry(w) for w in words(seed, 1 + i, k << 32, large)] for i in range(bases) for k in range(rank)]
         b = [column[d] for d in range(large) for column in columns]
         print(f"{name}: {fnv(a):#018x} {fnv(b):#018x}")
+        if name not in ("uniform", "normal"):
+            continue
+        # Block bases: row d belongs to basis d // rank mod bases, with the entries of the first.
+        own = columns[:rank]
+        print(f"{name}, block: {fnv(a):#018x} {fnv([own[k][d] for d in range(large) for k in range(rank)]):#018x}")
+        # Written out for PEFT in f32, for layers with 3 bases: column q is rank q // 3 of basis q mod 3.
+        b = [single(single(math.sqrt(3)) * single(own[q // 3][d])) if q % 3 == d // rank % 3 else 0.0
+             for d in range(large) for q in range(3 * rank)]
+        print(f"{name}, block, written out: {fnv(b):#018x}")

@@ -7,7 +7,7 @@ use clap::builder::TypedValueParser;
 use randlora::optim::Decay;
 
 use crate::cli::columns::ColumnArgs;
-use crate::cli::method::{MethodName, Settings};
+use crate::cli::method::{BasesName, MethodName, Settings};
 use crate::cli::model::ModelArgs;
 use crate::cli::targets;
 use crate::cli::task::Kind;
@@ -70,6 +70,9 @@ pub(crate) struct Args {
     /// The update is multiplied by this.
     #[arg(long, help_heading = "Adapter", conflicts_with = "adapter", value_parser = finite)]
     scale: Option<f64>,
+    /// RandLoRA's random bases [default: uniform].
+    #[arg(long, value_name = "NAME", value_enum, help_heading = "Adapter", conflicts_with = "adapter")]
+    bases: Option<BasesName>,
     /// The share of the adapter's inputs that is dropped in training.
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Adapter", conflicts_with = "adapter", value_parser = share)]
     dropout: f64,
@@ -114,8 +117,8 @@ impl Args {
     pub(crate) fn settings(&self) -> Settings<'_> {
         let rank = self.rank.or(self.method.default_rank());
         let scale = self.scale.or(self.alpha.zip(rank).map(|(alpha, rank)| alpha / rank as f64));
-        let Args { method, dropout, seed, .. } = *self;
-        Settings { method, targets: &self.targets, rank, scale, dropout, seed }
+        let Args { method, bases, dropout, seed, .. } = *self;
+        Settings { method, targets: &self.targets, rank, scale, bases, dropout, seed }
     }
 
     /// The highest learning rate for the method of this name.

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::method::MethodName;
+use super::method::{BasesName, MethodName};
 use super::{Failure, output, targets};
 
 /// Show what is in a model folder, a safetensors file or an adapter folder; with --method, what
@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// The rank: of one basis of RandLoRA, of the update of LoRA [default: 32 for randlora, 8 for lora].
     #[arg(long, value_name = "R", requires = "method", value_parser = clap::value_parser!(u32).range(1..))]
     rank: Option<u32>,
+    /// RandLoRA's random bases [default: uniform].
+    #[arg(long, value_name = "NAME", value_enum, requires = "method")]
+    bases: Option<BasesName>,
     #[arg(long, requires = "method", default_value = targets::DEFAULT, help = targets::HELP)]
     targets: String,
     /// The outputs of the classifier [default: those of the model's classifier, or 2].

@@ -36,7 +36,8 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
     let (mut model, loaded) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, &device)?;
     drop(checkpoint);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
-    let settings = Settings { method, targets: &args.targets, rank, scale: None, dropout: 0.0, seed: 0 };
+    let Args { targets, bases, .. } = args;
+    let settings = Settings { method, targets, rank, scale: None, bases: *bases, dropout: 0.0, seed: 0 };
     settings.attach(&mut model, &loaded.fresh)?;
     let peak = peak_bytes(&mut model, args.batch_size as usize, length, &device)?;
     let mut value = numbers(&model);

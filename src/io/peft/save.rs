@@ -13,7 +13,7 @@ use crate::io::files::io_error;
 use crate::io::peft::{CONFIG, MODEL, PeftConfig, ROOT, TENSORS, module_of, parts};
 use crate::io::safetensors::save_safetensors;
 use crate::nn::{Linear, Module};
-use crate::ops::randlora::{Bases, Pairing};
+use crate::ops::randlora::{Bases, Pairing, Structure};
 use crate::tensor::Tensor;
 
 /// What the file says beside the numbers.
@@ -32,8 +32,8 @@ pub struct PeftTask {
 ///
 /// # Errors
 /// [`Error::Config`] for a model without adapters, with adapters of several kinds or settings, or with
-/// RandLoRA's bases paired as in the paper, which PEFT cannot express for layers of different sizes:
-/// attach with [`Pairing::Peft`]. [`Error::Io`] where the folder cannot be written.
+/// RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
+/// PEFT cannot express: attach with [`Pairing::Peft`]. [`Error::Io`] where the folder cannot be written.
 pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
     let layers: Vec<(String, &Linear)> =
         model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some()).collect();
@@ -102,21 +102,33 @@ fn describe(layers: &[(String, &Linear)]) -> Result<(PeftConfig, Option<Arc<Base
         common = Some(this);
     }
     let common = common.ok_or_else(|| Error::config("adapter", "the model has none to save"))?;
-    if common.1.as_ref().is_some_and(|bases| bases.pairing() != Pairing::Peft) {
+    let dense_of_paper =
+        |bases: &Arc<Bases>| (bases.structure(), bases.pairing()) == (Structure::Dense, Pairing::Paper);
+    if common.1.as_ref().is_some_and(dense_of_paper) {
         let message = "PEFT pairs the bases in its own way: attach with `pairing: Pairing::Peft`";
         return Err(Error::config("pairing", message));
     }
     Ok(common)
 }
 
-/// A (r, 1, MIN) and B (MAX, ⌈MIN/r⌉, r) at the sizes that PEFT makes them; what no layer reads is 0.
+/// A (r, 1, MIN) and B (MAX, ⌈MIN/r⌉, r) at the sizes that PEFT makes them, block bases with their zeros;
+/// what no layer reads is 0.
 fn stored(bases: &Bases, layers: &[(String, &Linear)]) -> Result<[Tensor; 2]> {
     let largest = |size: fn(&Linear) -> usize| layers.iter().map(|(_, layer)| size(layer)).max().unwrap_or(0);
     let (inputs, outputs) = (largest(Linear::inputs), largest(Linear::outputs));
     let (small, large, rank) = (inputs.min(outputs), inputs.max(outputs), bases.rank());
-    let read = layers.iter().map(|(_, layer)| layer.inputs().min(layer.outputs())).max().unwrap_or(0);
+    let smaller = |(_, layer): &(String, &Linear)| layer.inputs().min(layer.outputs());
+    let read = layers.iter().map(smaller).max().unwrap_or(0);
+    let n = read.div_ceil(rank);
+    let same = layers.iter().all(|layer| smaller(layer).div_ceil(rank) == n);
+    if bases.structure() == Structure::Block && !same {
+        let message = "PEFT's file has one B, but which row of block bases is whose follows from a layer's smaller \
+                       side, and these layers have several: use dense bases";
+        return Err(Error::config("bases", message));
+    }
+    let bases = bases.dense(n)?;
     let (a, b) = (bases.a().to_dtype(DType::F32)?, bases.b().to_dtype(DType::F32)?);
-    let (a, b) = (a.slice(1, 0..read)?, b.slice(0, 0..large)?.slice(1, 0..read.div_ceil(rank))?);
+    let (a, b) = (a.slice(1, 0..read)?, b.slice(0, 0..large)?.slice(1, 0..n)?);
     Ok([pad(&a, 1, small)?.unsqueeze(1)?, pad(&b, 1, small.div_ceil(rank))?])
 }
 

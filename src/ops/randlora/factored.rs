@@ -57,16 +57,14 @@ impl<'a, T: Float> Walk<'a, T> {
         let z = &mut self.h[..t.len() * q.len()];
         let part = u.part(t.clone(), 0..small, &mut self.copy);
         gemm(T::ONE, part, c.t(), T::ZERO, MatMut::new(z, t.len(), q.len()), Pool);
-        let v = MatMut::new(v, u.count, large).rows(t.start, t.len());
-        let b = self.layer.b.columns(q.start, q.len());
-        gemm(self.layer.scale, Mat::new(z, t.len(), q.len()), b.t(), T::ONE, v, Pool);
+        let v = &mut v[t.start * large..t.end * large];
+        self.layer.spread(q, Mat::new(z, t.len(), q.len()), v);
     }
 
     /// h[t] = v[t]·B_Q.
     fn h(&mut self, q: &Range<usize>, t: &Range<usize>, v: Tokens<'_, T>) {
         let part = v.part(t.clone(), 0..v.width, &mut self.copy);
-        let out = MatMut::new(&mut self.h[..t.len() * q.len()], t.len(), q.len());
-        gemm(T::ONE, part, self.layer.b.columns(q.start, q.len()), T::ZERO, out, Pool);
+        self.layer.collect(q, part, &mut self.h[..t.len() * q.len()]);
     }
 
     /// M_Q += s·h[t]ᵀ·u[t], with h the last one made or the one kept.

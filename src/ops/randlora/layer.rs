@@ -15,16 +15,20 @@
 //! M = ∂L/∂C = s·Bᵀ·G, and
 //!
 //! dλ[k, i] = Σ_j M[q, j]·A[k, j]·γ[i, j],   dγ[i, j] = Σ_k M[q, j]·λ[k, i]·A[k, j].
+//!
+//! Of block bases only the D×r entries of B that are not zero are there; what B is multiplied with
+//! then goes through `block`.
 
 use std::ops::Range;
 
-use crate::cpu::gemm::Mat;
+use crate::cpu::gemm::{Mat, MatMut, Threads::Pool, gemm};
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, parallel};
 use crate::error::Result;
 use crate::ops::dropout::{DropoutKey, mask_range};
 use crate::ops::linear::widen;
-use crate::ops::randlora::Pairing;
+use crate::ops::randlora::bases::{Pairing, Structure};
+use crate::ops::randlora::block;
 use crate::ops::randlora::plan::Sizes;
 use crate::storage::dispatch_stored;
 use crate::tensor::Tensor;
@@ -32,11 +36,13 @@ use crate::tensor::Tensor;
 /// A layer's part of the shared bases, its diagonals and its frozen weight.
 pub(super) struct Layer<'a, T> {
     pub(super) sizes: Sizes,
+    pub(super) structure: Structure,
     pub(super) pairing: Pairing,
+    /// s, times √n with block bases.
     pub(super) scale: T,
     /// A: r×m.
     pub(super) a: Mat<'a, T>,
-    /// B: D×c.
+    /// B: D×c, or D×r of block bases.
     pub(super) b: Mat<'a, T>,
     /// λ: r×n.
     pub(super) lambda: &'a [T],
@@ -68,15 +74,37 @@ impl<T: Float> Layer<'_, T> {
         }
     }
 
+    /// h ← v·B_Q.
+    pub(super) fn collect(&self, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) {
+        match self.structure {
+            Structure::Block => block::collect(self, q, v, h),
+            Structure::Dense => {
+                let h = MatMut::new(h, v.rows, q.len());
+                gemm(T::ONE, v, self.b.columns(q.start, q.len()), T::ZERO, h, Pool);
+            }
+        }
+    }
+
+    /// v += s·z·B_Qᵀ, where v has rows of D elements.
+    pub(super) fn spread(&self, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) {
+        match self.structure {
+            Structure::Block => block::spread(self, q, z, v),
+            Structure::Dense => {
+                let v = MatMut::new(v, z.rows, self.sizes.large());
+                gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), T::ONE, v, Pool);
+            }
+        }
+    }
+
     fn a_row(&self, rank: usize, columns: &Range<usize>) -> &[T] {
         &self.a.data[rank * self.a.row..][columns.clone()]
     }
 
-    fn gamma_row(&self, basis: usize, columns: &Range<usize>) -> &[T] {
+    pub(super) fn gamma_row(&self, basis: usize, columns: &Range<usize>) -> &[T] {
         &self.gamma[basis * self.sizes.small()..][columns.clone()]
     }
 
-    fn lambda_at(&self, basis: usize, rank: usize) -> T {
+    pub(super) fn lambda_at(&self, basis: usize, rank: usize) -> T {
         self.lambda[rank * self.sizes.bases() + basis]
     }
 
@@ -109,11 +137,10 @@ impl<T: Float> Layer<'_, T> {
         });
     }
 
-    /// Writes W̃0[:, columns] as it lies in memory: D rows of `columns` for in ≤ out, `columns` rows
-    /// of D for in > out.
-    pub(super) fn read_weight(&self, columns: Range<usize>, out: &mut [T]) -> Result<()> {
-        let side = if self.is_wide() { 0 } else { 1 };
-        let layout = self.weight.layout().slice(side, columns)?;
+    /// Writes W̃0[d, j] as it lies in memory: d by j for in ≤ out, j by d for in > out.
+    pub(super) fn read_weight(&self, d: Range<usize>, j: Range<usize>, out: &mut [T]) -> Result<()> {
+        let (rows, columns) = if self.is_wide() { (j, d) } else { (d, j) };
+        let layout = self.weight.layout().slice(0, rows)?.slice(1, columns)?;
         dispatch_stored!(self.weight.dtype(), S => widen::<S, T>(self.weight, &layout, out))
     }
 }

@@ -8,8 +8,11 @@
 //!
 //! The gradients are those of λ, γ, x and b. Neither ΔW nor its gradient ever exists whole: each is
 //! worked off in panels or blocks of about 4 MiB, in one of two ways that [`Plan`] chooses by
-//! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`.
+//! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`, and what is different
+//! with block bases ([`Structure::Block`]) in `block`.
 
+mod bases;
+mod block;
 mod factored;
 mod layer;
 mod panel;
@@ -17,13 +20,13 @@ mod plan;
 
 use std::sync::Arc;
 
+pub use bases::{Bases, Pairing, Structure};
 pub use plan::{Plan, Sizes, Wants, Way};
 
 use crate::compute;
 use crate::cpu::gemm::{Mat, MatMut};
 use crate::cpu::{Float, dispatch, reduce};
 use crate::device::CpuDevice;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::ops::dropout::{DropoutKey, check_rate, mask_in_place};
@@ -31,101 +34,6 @@ use crate::ops::linear::{fill_rows, frozen_backward, frozen_forward};
 use crate::tensor::Tensor;
 use factored::Large;
 use layer::{Diagonals, Layer, Tokens};
-
-/// Which row of the scaled A meets which column of B.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pairing {
-    /// Column q of B is rank q mod r of basis ⌊q/r⌋ and meets the row of A and λ of that rank and
-    /// the γ of that basis: the formula as written.
-    Paper,
-    /// Column q of B, counted in the same way, meets rank ⌊q/n⌋ and basis q mod n. What the
-    /// authors' code and Hugging Face PEFT compute: the same family of updates with the columns of
-    /// B in another order, but another ΔW for the same numbers.
-    Peft,
-}
-
-/// The random matrices that all layers of a model share: A (r×M) and B (D×N×r), of which a layer
-/// with smaller side m, larger side d and n = ⌈m/r⌉ bases uses A[:, :m] and B[:d, :n, :].
-#[derive(Clone, Debug)]
-pub struct Bases {
-    a: Tensor,
-    b: Tensor,
-    pairing: Pairing,
-}
-
-impl Bases {
-    /// The bases with these matrices: A of shape (r, M), B of shape (D, N, r), both f32 or both
-    /// f64.
-    pub fn new(a: &Tensor, b: &Tensor, pairing: Pairing) -> Result<Bases> {
-        let (&[rank, _], &[_, _, b_rank]) = (a.dims(), b.dims()) else {
-            let message = format!("A is {}, not (r, M), or B is {}, not (D, N, r)", a.shape(), b.shape());
-            return Err(Error::shape("bases", message));
-        };
-        if rank != b_rank || rank == 0 {
-            return Err(Error::shape(
-                "bases",
-                format!("A has rank {rank} and B {b_rank}: they must agree and not be 0"),
-            ));
-        }
-        if !compute::same_dtype("bases", a, b)?.is_compute() {
-            return Err(Error::dtype(
-                "bases",
-                format!("{} only stores: cast with `to_dtype(DType::F32)`", a.dtype()),
-            ));
-        }
-        Ok(Bases { a: compute::contiguous(a)?, b: compute::contiguous(b)?, pairing })
-    }
-
-    /// r: the rank of one basis.
-    pub fn rank(&self) -> usize {
-        self.a.dims()[0]
-    }
-
-    /// A, of shape (r, M).
-    pub fn a(&self) -> &Tensor {
-        &self.a
-    }
-
-    /// B, of shape (D, N, r).
-    pub fn b(&self) -> &Tensor {
-        &self.b
-    }
-
-    /// Which row of the scaled A meets which column of B.
-    pub fn pairing(&self) -> Pairing {
-        self.pairing
-    }
-
-    /// The same bases in another type. f32 to f64 is exact.
-    pub fn to_dtype(&self, dtype: DType) -> Result<Bases> {
-        Bases::new(&self.a.to_dtype(dtype)?, &self.b.to_dtype(dtype)?, self.pairing)
-    }
-
-    /// An error where a layer is larger than the bases.
-    pub(crate) fn check(&self, sizes: Sizes) -> Result<()> {
-        let b = self.b.dims();
-        if sizes.small() <= self.a.dims()[1] && sizes.large() <= b[0] && sizes.bases() <= b[1] {
-            return Ok(());
-        }
-        let message = format!(
-            "the layer ({} × {}) is larger than the bases, A {} and B {}: make them from all layers' sizes",
-            sizes.outputs,
-            sizes.inputs,
-            self.a.shape(),
-            self.b.shape()
-        );
-        Err(Error::shape("randlora", message))
-    }
-
-    /// A layer's parts of A (r×m) and B (D×c).
-    fn layer<T: Float>(&self, sizes: Sizes) -> Result<(Mat<'_, T>, Mat<'_, T>)> {
-        self.check(sizes)?;
-        let (rank, b) = (self.rank(), self.b.dims());
-        let a = Mat::new(self.a.elements::<T>()?, rank, self.a.dims()[1]).columns(0, sizes.small());
-        let b = Mat::new(self.b.elements::<T>()?, b[0], b[1] * rank);
-        Ok((a, b.rows(0, sizes.large()).columns(0, sizes.columns())))
-    }
-}
 
 /// What a RandLoRA layer is computed with beside its tensors.
 #[derive(Clone, Debug)]
@@ -169,9 +77,10 @@ pub fn randlora_linear(
         input: x.is_tracked(),
         dropout: dropout.is_some(),
     };
+    let structure = options.bases.structure();
     let plan = match options.ways {
-        None => Plan::new(sizes, wants),
-        Some((forward, backward)) => Plan::forced(sizes, wants, forward, backward),
+        None => Plan::new(sizes, wants, structure),
+        Some((forward, backward)) => Plan::forced(sizes, wants, structure, forward, backward),
     };
     let op = RandLora { sizes, plan, dropout, bases: options.bases.clone(), scale: options.scale };
     match bias {
@@ -276,10 +185,16 @@ impl RandLora {
     ) -> Result<R> {
         let (a, b) = self.bases.layer::<T>(self.sizes)?;
         let (lambda, gamma) = (compute::contiguous(lambda)?, compute::contiguous(gamma)?);
+        let structure = self.bases.structure();
+        let factor = match structure {
+            Structure::Dense => 1.0,
+            Structure::Block => (self.sizes.bases() as f64).sqrt(),
+        };
         f(&Layer {
             sizes: self.sizes,
-            pairing: self.bases.pairing,
-            scale: T::from_f64(self.scale),
+            structure,
+            pairing: self.bases.pairing(),
+            scale: T::from_f64(self.scale * factor),
             a,
             b,
             lambda: lambda.elements()?,
@@ -409,7 +324,11 @@ impl RandLora {
         let rows = compute::contiguous(x)?;
         let x = self.tokens(rows.elements::<T>()?, self.sizes.inputs, true);
         let (u, v) = if layer.is_wide() { (dy, x) } else { (x, dy) };
-        panel::pull(layer, &self.plan, host, u, v, to)
+        match layer.structure {
+            Structure::Dense => panel::pull(layer, &self.plan, host, u, v, to),
+            // Block bases need no panel of the dense gradient, which would cost more.
+            Structure::Block => factored::backward(layer, &self.plan, host, u, Large::Tokens(v), None, to),
+        }
     }
 
     fn factored_backward<T: Float>(

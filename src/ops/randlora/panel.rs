@@ -1,4 +1,4 @@
-//! The panel way: W̃ a few columns J at a time, W̃_J = W̃0_J + s·B·C_J, in scratch.
+//! The panel way: W̃ a few columns J (or rows) at a time, W̃_J = W̃0_J + s·B·C_J, in scratch.
 //!
 //! The products with tokens are those of the frozen layer; building the panel is extra, and does
 //! not depend on the number of tokens.
@@ -6,42 +6,76 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::bases::Structure;
+use super::block;
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
 use crate::cpu::Float;
 use crate::cpu::gemm::{Mat, MatMut, Threads::Pool, gemm};
-use crate::device::CpuDevice;
+use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 
-/// Calls `f(J, W̃_J)` for all panels. Without the base they are panels of ΔW̃ alone.
-fn each_panel<T: Float>(
-    layer: &Layer<'_, T>,
-    plan: &Plan,
-    device: &Arc<CpuDevice>,
-    base: bool,
-    mut f: impl FnMut(Range<usize>, Mat<'_, T>),
-) -> Result<()> {
-    let (small, large, c) = (layer.sizes.small(), layer.sizes.large(), layer.sizes.columns());
-    let widest = plan.panel.min(small);
-    let (mut c_j, mut w_j) = (device.scratch::<T>(c * widest)?, device.scratch::<T>(large * widest)?);
-    for j in pieces(small, plan.panel) {
-        let width = j.len();
-        let (c_j, w_j) = (&mut c_j[..c * width], &mut w_j[..large * width]);
-        layer.fill_c(0..c, j.clone(), c_j);
-        if base {
-            layer.read_weight(j.clone(), w_j)?;
-        }
-        let beta = if base { T::ONE } else { T::ZERO };
-        // In the order of the weight in memory, so that reading it above is a plain copy.
-        let (w, c_j) =
-            (if layer.is_wide() { (width, large) } else { (large, width) }, Mat::new(c_j, c, width));
-        let out = MatMut::new(w_j, w.0, w.1);
-        let out = if layer.is_wide() { out.t() } else { out };
-        gemm(layer.scale, layer.b, c_j, beta, out, Pool);
-        let w_j = Mat::new(w_j, w.0, w.1);
-        f(j, if layer.is_wide() { w_j.t() } else { w_j });
+/// Builds panels of W̃ = W̃0 + ΔW̃, or of ΔW̃ alone.
+struct Builder<'a, T: Float> {
+    layer: &'a Layer<'a, T>,
+    with_base: bool,
+    /// The panel.
+    w: Buffer<T>,
+    /// C_J: c×|J|. Of block bases, s·B∘λ for the panel's rows and its product with A.
+    factors: (Buffer<T>, Buffer<T>),
+}
+
+impl<'a, T: Float> Builder<'a, T> {
+    /// For panels of so many rows and columns of W̃ at most.
+    fn new(
+        layer: &'a Layer<'a, T>,
+        device: &Arc<CpuDevice>,
+        with_base: bool,
+        (rows, columns): (usize, usize),
+    ) -> Result<Self> {
+        let factors = match layer.structure {
+            Structure::Dense => (layer.sizes.columns() * columns, 0),
+            Structure::Block => (rows * layer.sizes.rank, rows * columns),
+        };
+        Ok(Builder {
+            layer,
+            with_base,
+            w: device.scratch(rows * columns)?,
+            factors: (device.scratch(factors.0)?, device.scratch(factors.1)?),
+        })
     }
-    Ok(())
+
+    /// W̃[d, j]; of dense bases d is all rows.
+    fn build(&mut self, d: Range<usize>, j: Range<usize>) -> Result<Mat<'_, T>> {
+        let Builder { layer, w, factors, .. } = self;
+        let w = &mut w[..d.len() * j.len()];
+        // In the order of the weight in memory, so that reading it is a plain copy.
+        let dims = if layer.is_wide() { (j.len(), d.len()) } else { (d.len(), j.len()) };
+        if self.with_base {
+            layer.read_weight(d.clone(), j.clone(), w)?;
+        }
+        match layer.structure {
+            Structure::Dense => {
+                let c = layer.sizes.columns();
+                let c_j = &mut factors.0[..c * j.len()];
+                layer.fill_c(0..c, j.clone(), c_j);
+                let out = MatMut::new(w, dims.0, dims.1);
+                let out = if layer.is_wide() { out.t() } else { out };
+                let beta = if self.with_base { T::ONE } else { T::ZERO };
+                gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), beta, out, Pool);
+            }
+            Structure::Block => {
+                if !self.with_base {
+                    w.fill(T::ZERO);
+                }
+                let left = &mut factors.0[..d.len() * layer.sizes.rank];
+                let product = &mut factors.1[..d.len() * j.len()];
+                block::add_delta(layer, d, j, (left, product), w);
+            }
+        }
+        let w = Mat::new(w, dims.0, dims.1);
+        Ok(if layer.is_wide() { w.t() } else { w })
+    }
 }
 
 /// v ← u·W̃ᵀ + beta·v.
@@ -54,15 +88,24 @@ pub(super) fn up<T: Float>(
     beta: T,
     v: &mut [T],
 ) -> Result<()> {
-    let chunk = chunk(plan, &u);
-    let mut copy = device.scratch::<T>(u.copy_len(chunk, plan.panel))?;
-    each_panel(layer, plan, device, base, |j, w_j| {
-        let beta = if j.start == 0 { beta } else { T::ONE };
-        for t in pieces(u.count, chunk) {
-            let v = MatMut::new(v, u.count, layer.sizes.large()).rows(t.start, t.len());
-            gemm(T::ONE, u.part(t, j.clone(), &mut copy), w_j.t(), beta, v, Pool);
+    let (small, large, chunk) = (layer.sizes.small(), layer.sizes.large(), chunk(plan, &u));
+    // By rows no sums are needed, by columns no mask is made twice.
+    let by_rows = layer.structure == Structure::Block && u.dropout.is_none();
+    let (rows, columns) =
+        if by_rows { (plan.rows.min(large), small) } else { (large, plan.panel.min(small)) };
+    let mut builder = Builder::new(layer, device, base, (rows, columns))?;
+    let mut copy = device.scratch::<T>(u.copy_len(chunk, columns))?;
+    for d in pieces(large, rows) {
+        for j in pieces(small, columns) {
+            let w = builder.build(d.clone(), j.clone())?;
+            let beta = if j.start == 0 { beta } else { T::ONE };
+            for t in pieces(u.count, chunk) {
+                let v = MatMut::new(v, u.count, large).rows(t.start, t.len()).columns(d.start, d.len());
+                gemm(T::ONE, u.part(t, j.clone(), &mut copy), w.t(), beta, v, Pool);
+            }
         }
-    })
+    }
+    Ok(())
 }
 
 /// u ← v·W̃ + beta·u.
@@ -75,18 +118,21 @@ pub(super) fn down<T: Float>(
     beta: T,
     u: &mut [T],
 ) -> Result<()> {
-    let chunk = chunk(plan, &v);
-    let mut copy = device.scratch::<T>(v.copy_len(chunk, v.width))?;
-    each_panel(layer, plan, device, base, |j, w_j| {
+    let (small, large, chunk) = (layer.sizes.small(), layer.sizes.large(), chunk(plan, &v));
+    let mut builder = Builder::new(layer, device, base, (large, plan.panel.min(small)))?;
+    let mut copy = device.scratch::<T>(v.copy_len(chunk, large))?;
+    for j in pieces(small, plan.panel) {
+        let w_j = builder.build(0..large, j.clone())?;
         for t in pieces(v.count, chunk) {
-            let u = MatMut::new(u, v.count, layer.sizes.small()).rows(t.start, t.len());
-            let u = u.columns(j.start, j.len());
-            gemm(T::ONE, v.part(t, 0..v.width, &mut copy), w_j, beta, u, Pool);
+            let u = MatMut::new(u, v.count, small).rows(t.start, t.len()).columns(j.start, j.len());
+            gemm(T::ONE, v.part(t, 0..large, &mut copy), w_j, beta, u, Pool);
         }
-    })
+    }
+    Ok(())
 }
 
-/// The gradients of the diagonals: G_J = vᵀ·u_J in the panel's place, M_J = s·Bᵀ·G_J in C's.
+/// The gradients of the diagonals with dense bases: G_J = vᵀ·u_J in the panel's place, M_J = s·Bᵀ·G_J
+/// in C's.
 pub(super) fn pull<T: Float>(
     layer: &Layer<'_, T>,
     plan: &Plan,

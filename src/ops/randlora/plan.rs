@@ -4,6 +4,8 @@
 //! gives the same bits. The constants here are the only ones; `cargo bench --bench randlora` shows
 //! what they are worth.
 
+use super::bases::Structure;
+
 /// How one half (forward or backward) of a RandLoRA layer is computed. Both are exact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -69,8 +71,12 @@ pub struct Plan {
     pub backward: Way,
     /// For in > out, both halves factored: h = x·B is kept for the backward instead of x.
     pub keep_h: bool,
+    /// The bases that it is for.
+    pub structure: Structure,
     /// Columns of the weight's smaller side in a panel.
     pub panel: usize,
+    /// With block bases, rows of the weight's larger side in a panel that has all of the smaller one.
+    pub rows: usize,
     /// Columns of the bases in a factored block.
     pub block: usize,
     /// Rows of the input that are worked on at a time in the factored way.
@@ -86,13 +92,13 @@ const MASK_FLOPS: f64 = 256.0;
 
 impl Plan {
     /// The cheapest plan by floating point operations.
-    pub fn new(sizes: Sizes, wants: Wants) -> Plan {
+    pub fn new(sizes: Sizes, wants: Wants, structure: Structure) -> Plan {
         use Way::{Factored, Panel};
         let mut best: Option<(f64, Plan)> = None;
         for (forward, backward) in
             [(Factored, Factored), (Panel, Factored), (Factored, Panel), (Panel, Panel)]
         {
-            let plan = Plan::forced(sizes, wants, forward, backward);
+            let plan = Plan::forced(sizes, wants, structure, forward, backward);
             let cost = plan.extra_flops(sizes, wants);
             if best.is_none_or(|(least, _)| cost < least) {
                 best = Some((cost, plan));
@@ -102,7 +108,7 @@ impl Plan {
     }
 
     /// The plan with these ways, whatever they cost.
-    pub fn forced(sizes: Sizes, wants: Wants, forward: Way, backward: Way) -> Plan {
+    pub fn forced(sizes: Sizes, wants: Wants, structure: Structure, forward: Way, backward: Way) -> Plan {
         // At least two pieces, or a small layer's ΔW would exist whole.
         let piece = |other: usize, all: usize| {
             let fits = PIECE / other.max(1) / 32 * 32;
@@ -118,7 +124,9 @@ impl Plan {
             forward,
             backward,
             keep_h,
+            structure,
             panel: piece(sizes.large().max(sizes.columns()), sizes.small()),
+            rows: piece(sizes.small(), sizes.large()),
             block: piece(sizes.small(), sizes.columns()),
             chunk: chunk.min((2 * PIECE / piece(sizes.small(), sizes.columns())).max(16)),
         }
@@ -126,16 +134,18 @@ impl Plan {
 
     /// Floating point operations beyond those of the frozen layer.
     ///
-    /// With T tokens, c = n·r columns (m of them where r divides m):
-    /// forward, panel 2·D·m·c, factored 2·T·c·(m + D); backward, panel 2·D·m·c for the panel again
-    /// (if dx is wanted), 2·T·m·D for its gradient and 2·D·m·c to pull that back to the diagonals,
-    /// factored 2·T·D·c for h (unless kept), 2·T·m·c for M, 2·T·m·c (in ≤ out) or 2·T·c·(m + D)
-    /// for dx.
+    /// With T tokens, c = n·r columns (m of them where r divides m) and b = c entries in a row of B
+    /// (r of block bases): forward, panel 2·D·m·b, factored 2·T·c·m + 2·T·D·b; backward, panel
+    /// 2·D·m·b for the panel again (if dx is wanted), 2·T·m·D for its gradient and 2·D·m·c to pull
+    /// that back to the diagonals, factored 2·T·D·b for h (unless kept), 2·T·m·c for M, 2·T·m·c
+    /// (in ≤ out) or 2·T·c·m + 2·T·D·b for dx. The diagonals of block bases are always factored.
     pub fn extra_flops(&self, sizes: Sizes, wants: Wants) -> f64 {
         // In f64: the products overflow a usize of 32 bits.
         let [t, m, d, c] = [sizes.tokens, sizes.small(), sizes.large(), sizes.columns()].map(|n| n as f64);
         let wide = sizes.inputs > sizes.outputs;
-        let (build, up_or_down) = (2.0 * d * m * c, 2.0 * t * c * (m + d));
+        let block = self.structure == Structure::Block;
+        let b = if block { sizes.rank as f64 } else { c };
+        let (build, through_b, through_c) = (2.0 * d * m * b, 2.0 * t * d * b, 2.0 * t * m * c);
         // With dropout the panel no longer holds W0, and its product comes on top.
         let beside = if wants.dropout { 2.0 * t * m * d } else { 0.0 };
         // The mask is made again for every panel (the part that meets it, for in ≤ out) and block.
@@ -145,23 +155,24 @@ impl Plan {
         let blocks = mask(sizes.columns().div_ceil(self.block));
         let forward = match self.forward {
             Way::Panel => build + beside + panels,
-            Way::Factored => up_or_down + blocks,
+            Way::Factored => through_c + through_b + blocks,
+        };
+        let h = match (self.keep_h, wide) {
+            (true, _) => 0.0,
+            (false, true) => through_b + blocks,
+            (false, false) => through_b,
+        };
+        let factored_pull = through_c + if wide { 0.0 } else { blocks };
+        let (dx, pull) = match self.backward {
+            Way::Panel if block => (build + beside + mask(1), h + factored_pull),
+            Way::Panel => (build + beside + mask(1), 2.0 * t * m * d + build + panels),
+            Way::Factored if wide => (through_c + through_b + mask(1), h + factored_pull),
+            // dx is made of the same h; without the diagonals it still needs one.
+            Way::Factored if wants.diagonals => (through_c + mask(1), h + factored_pull),
+            Way::Factored => (h + through_c + mask(1), 0.0),
         };
         let (to_x, to_diagonals) = (wants.input as u8 as f64, wants.diagonals as u8 as f64);
-        let backward = match self.backward {
-            Way::Panel => {
-                to_x * (build + beside + mask(1)) + to_diagonals * (2.0 * t * m * d + build + panels)
-            }
-            Way::Factored if wide => {
-                let h = if self.keep_h { 0.0 } else { 2.0 * t * d * c + blocks };
-                to_diagonals * (h + 2.0 * t * m * c) + to_x * (up_or_down + mask(1))
-            }
-            Way::Factored => {
-                let h = if wants.input || wants.diagonals { 2.0 * t * d * c } else { 0.0 };
-                h + to_diagonals * (2.0 * t * m * c + blocks) + to_x * (2.0 * t * m * c + mask(1))
-            }
-        };
-        forward + backward
+        forward + to_x * dx + to_diagonals * pull
     }
 
     /// Floating point operations of the frozen layer alone: 2·T·m·D for the output, as many again
@@ -178,9 +189,9 @@ mod tests {
 
     const TRAIN: Wants = Wants { diagonals: true, input: true, dropout: false };
 
-    fn best(tokens: usize, inputs: usize, outputs: usize) -> (Way, Way, f64) {
+    fn best(structure: Structure, tokens: usize, inputs: usize, outputs: usize) -> (Way, Way, f64) {
         let sizes = Sizes { tokens, inputs, outputs, rank: 32 };
-        let plan = Plan::new(sizes, TRAIN);
+        let plan = Plan::new(sizes, TRAIN, structure);
         let ratio = 1.0 + plan.extra_flops(sizes, TRAIN) / Plan::frozen_flops(sizes, TRAIN);
         (plan.forward, plan.backward, (100.0 * ratio).round() / 100.0)
     }
@@ -189,6 +200,7 @@ mod tests {
     #[test]
     fn known_shapes() {
         use Way::{Factored, Panel};
+        let best = |tokens, inputs, outputs| best(Structure::Dense, tokens, inputs, outputs);
         assert_eq!(best(2048, 768, 768), (Panel, Panel, 2.06));
         assert_eq!(best(2048, 768, 3072), (Panel, Factored, 1.94));
         assert_eq!(best(4096, 384, 384), (Panel, Panel, 1.64));
@@ -196,16 +208,36 @@ mod tests {
         assert_eq!(best(16, 768, 768), (Factored, Factored, 3.5));
     }
 
+    /// 1 + (4Drm + 2TDr + 2Tm²)/4TmD, and for few tokens all factored.
+    #[test]
+    fn known_shapes_of_block_bases() {
+        use Way::{Factored, Panel};
+        let best = |tokens, inputs, outputs| best(Structure::Block, tokens, inputs, outputs);
+        for (inputs, outputs, ratio) in [(768, 768, 1.54), (768, 3072, 1.16), (3072, 768, 1.16)] {
+            assert_eq!(best(2048, inputs, outputs), (Panel, Panel, ratio));
+        }
+        assert_eq!(best(256, 768, 768), (Panel, Panel, 1.65));
+        assert_eq!(best(16, 768, 768), (Factored, Factored, 2.54));
+    }
+
     #[test]
     fn no_piece_holds_the_whole_and_all_fit() {
         for (inputs, outputs) in [(768, 768), (2, 9), (9, 2), (8192, 8192), (64, 8192), (3072, 768), (1, 1)] {
             let sizes = Sizes { tokens: 100_000, inputs, outputs, rank: 16 };
-            for dropout in [false, true] {
+            let structures = [Structure::Dense, Structure::Block];
+            for (dropout, structure) in [false, true].into_iter().flat_map(|d| structures.map(|s| (d, s))) {
                 let wants = Wants { dropout, ..TRAIN };
-                let plan = Plan::new(sizes, wants);
+                let plan = Plan::new(sizes, wants, structure);
                 assert!(plan.panel < sizes.small() || sizes.small() == 1);
+                assert!(plan.rows < sizes.large() || sizes.large() == 1);
                 assert!(plan.block < sizes.columns());
-                let panel = plan.panel * (sizes.large() + sizes.columns());
+                let panel = match structure {
+                    Structure::Dense => plan.panel * (sizes.large() + sizes.columns()),
+                    Structure::Block => {
+                        let elements = (plan.panel * sizes.large()).max(plan.rows * sizes.small());
+                        2 * elements + sizes.large() * sizes.rank
+                    }
+                };
                 let factored = plan.block * (2 * sizes.small() + plan.chunk);
                 let masked = if dropout { plan.chunk * sizes.inputs } else { 0 };
                 assert!(4 * (panel + masked) <= 16 << 20, "{sizes:?} {plan:?}");

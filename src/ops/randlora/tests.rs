@@ -4,6 +4,7 @@
 use super::*;
 use crate::cpu::naive::Naive;
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::ops::cases::Case;
 use crate::ops::dropout::mask_range;
 use crate::random;
@@ -23,9 +24,16 @@ fn tensor(dims: &[usize], seed: u64, dtype: DType) -> Tensor {
     Tensor::from_vec(values, dims, &Device::cpu()).unwrap().to_dtype(dtype).unwrap()
 }
 
+/// None for block bases.
+type Kind = Option<Pairing>;
+
 /// Bases somewhat larger than the layer needs, as those of a model are.
-fn bases(sizes: Sizes, pairing: Pairing, dtype: DType) -> Arc<Bases> {
+fn bases(sizes: Sizes, kind: Kind, dtype: DType) -> Arc<Bases> {
     let a = tensor(&[sizes.rank, sizes.small() + 2], 11, dtype);
+    let Some(pairing) = kind else {
+        let b = tensor(&[sizes.large() + 3, sizes.rank], 12, dtype);
+        return Arc::new(Bases::block(&a, &b).unwrap());
+    };
     let b = tensor(&[sizes.large() + 3, sizes.bases() + 1, sizes.rank], 12, dtype);
     Arc::new(Bases::new(&a, &b, pairing).unwrap())
 }
@@ -35,7 +43,12 @@ fn naive_delta(sizes: Sizes, bases: &Bases, scale: f64, lambda: &[f64], gamma: &
     let (r, n, m) = (sizes.rank, sizes.bases(), sizes.small());
     let a = bases.a().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
     let b = bases.b().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
-    let (a_width, b_bases) = (bases.a().dims()[1], bases.b().dims()[1]);
+    let a_width = bases.a().dims()[1];
+    let b_at = |large: usize, q: usize| match bases.structure() {
+        Structure::Dense => b[(large * bases.b().dims()[1] + q / r) * r + q % r],
+        Structure::Block if large / r % n == q / r => (n as f64).sqrt() * b[large * r + q % r],
+        Structure::Block => 0.0,
+    };
     let element = |large: usize, small: usize| {
         (0..n * r)
             .map(|q| {
@@ -43,8 +56,7 @@ fn naive_delta(sizes: Sizes, bases: &Bases, scale: f64, lambda: &[f64], gamma: &
                     Pairing::Paper => (q / r, q % r),
                     Pairing::Peft => (q % n, q / n),
                 };
-                let b = b[(large * b_bases + q / r) * r + q % r];
-                b * lambda[k * n + i] * a[k * a_width + small] * gamma[i * m + small]
+                b_at(large, q) * lambda[k * n + i] * a[k * a_width + small] * gamma[i * m + small]
             })
             .sum::<f64>()
             * scale
@@ -61,7 +73,7 @@ fn case(
     inputs: &'static [&'static str],
     rank: usize,
     ways: (Way, Way),
-    pairing: Pairing,
+    kind: Kind,
     dropout: bool,
 ) -> Case {
     let sizes = move |x: &[usize], w: &[usize]| Sizes {
@@ -73,7 +85,7 @@ fn case(
     let dropout = dropout.then_some((0.4, KEY));
     let run = move |x: &[&Tensor]| {
         let sizes = sizes(x[0].dims(), x[1].dims());
-        let bases = bases(sizes, pairing, x[0].dtype());
+        let bases = bases(sizes, kind, x[0].dtype());
         let lambda = x[2].slice(0, 0..rank * sizes.bases())?.reshape([rank, sizes.bases()])?;
         let gamma =
             x[3].slice(0, 0..sizes.bases() * sizes.small())?.reshape([sizes.bases(), sizes.small()])?;
@@ -82,7 +94,7 @@ fn case(
     };
     let naive = move |x: &[Naive]| {
         let sizes = sizes(&x[0].dims, &x[1].dims);
-        let delta = naive_delta(sizes, &bases(sizes, pairing, DType::F64), 0.7, &x[2].data, &x[3].data);
+        let delta = naive_delta(sizes, &bases(sizes, kind, DType::F64), 0.7, &x[2].data, &x[3].data);
         let mut mask = vec![1.0; x[0].data.len()];
         if let Some((p, key)) = dropout {
             mask_range(key, p, 0, &mut mask);
@@ -104,38 +116,60 @@ fn case(
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    use Pairing::{Paper, Peft};
     use Way::{Factored, Panel};
+    let (paper, peft, block) = (Some(Pairing::Paper), Some(Pairing::Peft), None);
     let (pp, pf, fp, ff) = ((Panel, Panel), (Panel, Factored), (Factored, Panel), (Factored, Factored));
     // The numbers at the end of λ and γ are what the largest size needs; see `sizes` in `cases.rs`.
     let tall: &[&str] = &["t 3", "7 3", "6", "6", "7"];
     let wide: &[&str] = &["a t 7", "3 7", "6", "6"];
     let free: &[&str] = &["t i", "o i", "1800", "1800", "o"];
     let mut cases = vec![
-        case("randlora, any sizes, panel", free, 2, pp, Paper, false),
-        case("randlora, any sizes, factored", free, 2, ff, Paper, false),
-        case("randlora, any sizes, r 1", free, 1, pf, Paper, false),
-        case("randlora, any sizes, r 3", free, 3, fp, Peft, false),
-        case("randlora, r = min", &["t 3", "7 3", "3", "3"], 3, pp, Paper, false),
-        case("randlora, r > min", &["t 3", "7 3", "5", "3"], 5, pp, Paper, false),
-        case("randlora, r > min, factored", &["t 7", "3 7", "5", "3"], 5, ff, Paper, false),
+        case("randlora, any sizes, panel", free, 2, pp, paper, false),
+        case("randlora, any sizes, factored", free, 2, ff, paper, false),
+        case("randlora, any sizes, r 1", free, 1, pf, paper, false),
+        case("randlora, any sizes, r 3", free, 3, fp, peft, false),
+        case("randlora, r = min", &["t 3", "7 3", "3", "3"], 3, pp, paper, false),
+        case("randlora, r > min", &["t 3", "7 3", "5", "3"], 5, pp, paper, false),
+        case("randlora, r > min, factored", &["t 7", "3 7", "5", "3"], 5, ff, paper, false),
+        case("block bases, any sizes, panel", free, 2, pp, block, false),
+        case("block bases, any sizes, factored", free, 2, ff, block, false),
+        case("block bases, any sizes, r 1", free, 1, pf, block, false),
+        case("block bases, any sizes, r 3", free, 3, fp, block, false),
+        case("block bases, r = min", &["t 3", "7 3", "3", "3"], 3, pp, block, false),
+        case("block bases, r > min", &["t 7", "3 7", "5", "3"], 5, pp, block, false),
+        case("block bases, r > min, factored", &["t 3", "7 3", "5", "3"], 5, ff, block, false),
     ];
-    for (names, inputs) in [
-        (["in < out: pp", "in < out: pf", "in < out: fp", "in < out: ff"], tall),
-        (["in > out: pp", "in > out: pf", "in > out: fp", "in > out: ff"], wide),
+    for (kind, names, inputs) in [
+        (paper, ["in < out: pp", "in < out: pf", "in < out: fp", "in < out: ff"], tall),
+        (paper, ["in > out: pp", "in > out: pf", "in > out: fp", "in > out: ff"], wide),
+        (
+            block,
+            ["blocks, in < out: pp", "blocks, in < out: pf", "blocks, in < out: fp", "blocks, in < out: ff"],
+            tall,
+        ),
+        (
+            block,
+            ["blocks, in > out: pp", "blocks, in > out: pf", "blocks, in > out: fp", "blocks, in > out: ff"],
+            wide,
+        ),
     ] {
         for (name, ways) in names.into_iter().zip([pp, pf, fp, ff]) {
-            cases.push(case(name, inputs, 2, ways, Paper, false));
+            cases.push(case(name, inputs, 2, ways, kind, false));
         }
     }
-    for (name, inputs, ways) in [
-        ("in < out: pp, dropout", tall, pp),
-        ("in < out: ff, dropout", tall, ff),
-        ("in > out: pp, dropout", wide, pp),
-        ("in > out: ff, dropout", wide, ff),
-        ("in > out: pf, dropout", wide, pf),
+    for (name, inputs, ways, kind) in [
+        ("in < out: pp, dropout", tall, pp, peft),
+        ("in < out: ff, dropout", tall, ff, peft),
+        ("in > out: pp, dropout", wide, pp, peft),
+        ("in > out: ff, dropout", wide, ff, peft),
+        ("in > out: pf, dropout", wide, pf, peft),
+        ("blocks, in < out: pp, dropout", tall, pp, block),
+        ("blocks, in < out: ff, dropout", tall, ff, block),
+        ("blocks, in > out: pp, dropout", wide, pp, block),
+        ("blocks, in > out: ff, dropout", wide, ff, block),
+        ("blocks, in > out: fp, dropout", wide, fp, block),
     ] {
-        cases.push(case(name, inputs, 2, ways, Peft, true));
+        cases.push(case(name, inputs, 2, ways, kind, true));
     }
     cases
 }

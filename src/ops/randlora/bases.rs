@@ -1,0 +1,185 @@
+//! The random matrices that the layers of a model share, and what is where in them.
+
+use super::plan::Sizes;
+use crate::compute;
+use crate::cpu::gemm::Mat;
+use crate::cpu::{Float, dispatch};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
+
+/// Which row of the scaled A meets which column of B.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// Column q of B is rank q mod r of basis ⌊q/r⌋ and meets the row of A and λ of that rank and
+    /// the γ of that basis: the formula as written.
+    Paper,
+    /// Column q of B, counted in the same way, meets rank ⌊q/n⌋ and basis q mod n. What the
+    /// authors' code and Hugging Face PEFT compute: the same family of updates with the columns of
+    /// B in another order, but another ΔW for the same numbers.
+    Peft,
+}
+
+/// Which rows of B a basis has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Structure {
+    /// All of them: the paper's bases.
+    #[default]
+    Dense,
+    /// Every row belongs to one basis, row d to basis ⌊d/r⌋ mod n; in the others it is zero.
+    ///
+    /// Ours, beyond the paper. A legal choice of random bases with as many trained numbers and full
+    /// rank, for a layer's first m rows have min(r, rows) of each basis, which add up to m. B_i is
+    /// multiplied by √n, so that the entries of ΔW have the variance that dense bases give them. B
+    /// is n times smaller and ΔW n times cheaper to build. Blocks of r rows, taken by the bases in
+    /// turn, so that layers of one smaller side and several larger ones share one B: the rows of
+    /// the smaller layer are the first ones of the larger layer.
+    Block,
+}
+
+/// The random matrices that all layers of a model share: A (r×M) and B, of which a layer with
+/// smaller side m, larger side d and n = ⌈m/r⌉ bases uses A[:, :m] and B[:d, :n, :] of dense bases
+/// (D×N×r) or B[:d, :] of block bases (D×r).
+#[derive(Clone, Debug)]
+pub struct Bases {
+    a: Tensor,
+    b: Tensor,
+    structure: Structure,
+    pairing: Pairing,
+}
+
+impl Bases {
+    /// Dense bases with these matrices: A of shape (r, M), B of shape (D, N, r), both f32 or both
+    /// f64.
+    pub fn new(a: &Tensor, b: &Tensor, pairing: Pairing) -> Result<Bases> {
+        let (&[rank, _], &[_, _, b_rank]) = (a.dims(), b.dims()) else {
+            let message = format!("A is {}, not (r, M), or B is {}, not (D, N, r)", a.shape(), b.shape());
+            return Err(Error::shape("bases", message));
+        };
+        Bases::checked(a, b, (rank, b_rank), Structure::Dense, pairing)
+    }
+
+    /// Block bases with these matrices: A of shape (r, M), B of shape (D, r), both f32 or both f64.
+    /// Their columns are paired as in the paper; saving puts them where PEFT wants them.
+    pub fn block(a: &Tensor, b: &Tensor) -> Result<Bases> {
+        let (&[rank, _], &[_, b_rank]) = (a.dims(), b.dims()) else {
+            let message = format!("A is {}, not (r, M), or B is {}, not (D, r)", a.shape(), b.shape());
+            return Err(Error::shape("bases", message));
+        };
+        Bases::checked(a, b, (rank, b_rank), Structure::Block, Pairing::Paper)
+    }
+
+    fn checked(
+        a: &Tensor,
+        b: &Tensor,
+        (rank, b_rank): (usize, usize),
+        structure: Structure,
+        pairing: Pairing,
+    ) -> Result<Bases> {
+        if rank != b_rank || rank == 0 {
+            return Err(Error::shape(
+                "bases",
+                format!("A has rank {rank} and B {b_rank}: they must agree and not be 0"),
+            ));
+        }
+        if !compute::same_dtype("bases", a, b)?.is_compute() {
+            return Err(Error::dtype(
+                "bases",
+                format!("{} only stores: cast with `to_dtype(DType::F32)`", a.dtype()),
+            ));
+        }
+        Ok(Bases { a: compute::contiguous(a)?, b: compute::contiguous(b)?, structure, pairing })
+    }
+
+    /// r: the rank of one basis.
+    pub fn rank(&self) -> usize {
+        self.a.dims()[0]
+    }
+
+    /// A, of shape (r, M).
+    pub fn a(&self) -> &Tensor {
+        &self.a
+    }
+
+    /// B, of shape (D, N, r), or (D, r) of block bases, without their factor √n.
+    pub fn b(&self) -> &Tensor {
+        &self.b
+    }
+
+    /// Which rows of B a basis has.
+    pub fn structure(&self) -> Structure {
+        self.structure
+    }
+
+    /// Which row of the scaled A meets which column of B.
+    pub fn pairing(&self) -> Pairing {
+        self.pairing
+    }
+
+    /// The same bases in another type. f32 to f64 is exact.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Bases> {
+        Ok(Bases { a: self.a.to_dtype(dtype)?, b: self.b.to_dtype(dtype)?, ..*self })
+    }
+
+    /// These bases with the zeros of block bases written out, for layers with `n` bases: what PEFT
+    /// computes with them is what these compute. Dense bases are returned as they are.
+    ///
+    /// PEFT pairs column q of B with rank ⌊q/n⌋ and basis q mod n, so the k-th column of basis i goes
+    /// to q = k·n + i.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for sizes beyond memory.
+    pub fn dense(&self, n: usize) -> Result<Bases> {
+        if self.structure == Structure::Dense {
+            return Ok(self.clone());
+        }
+        let b = dispatch!("bases", self.b.dtype(), T => self.written_out::<T>(n))?;
+        Bases::new(&self.a, &b, Pairing::Peft)
+    }
+
+    /// B of block bases as (D, n, r).
+    fn written_out<T: Float>(&self, n: usize) -> Result<Tensor> {
+        let rank = self.rank();
+        let shape = Shape::new(&[self.b.dims()[0], n, rank])?;
+        let mut dense = self.b.device().host().buffer::<T>(shape.numel())?;
+        dense.fill(T::ZERO);
+        let factor = T::from_f64((n as f64).sqrt());
+        let rows = self.b.elements::<T>()?.chunks(rank).zip(dense.chunks_mut((n * rank).max(1)));
+        for (d, (row, dense)) in rows.enumerate() {
+            let places = dense.iter_mut().skip(d / rank % n.max(1)).step_by(n.max(1));
+            places.zip(row).for_each(|(place, &entry)| *place = factor * entry);
+        }
+        Ok(Tensor::from_buffer(dense, shape, self.b.device()))
+    }
+
+    /// An error where a layer is larger than the bases.
+    pub(crate) fn check(&self, sizes: Sizes) -> Result<()> {
+        let b = self.b.dims();
+        let enough = self.structure == Structure::Block || sizes.bases() <= b[1];
+        if sizes.small() <= self.a.dims()[1] && sizes.large() <= b[0] && enough {
+            return Ok(());
+        }
+        let message = format!(
+            "the layer ({} × {}) is larger than the bases, A {} and B {}: make them from all layers' sizes",
+            sizes.outputs,
+            sizes.inputs,
+            self.a.shape(),
+            self.b.shape()
+        );
+        Err(Error::shape("randlora", message))
+    }
+
+    /// A layer's parts of A (r×m) and B: D×c with c = n·r, or D×r of block bases.
+    pub(super) fn layer<T: Float>(&self, sizes: Sizes) -> Result<(Mat<'_, T>, Mat<'_, T>)> {
+        self.check(sizes)?;
+        let (rank, b) = (self.rank(), self.b.dims());
+        let a = Mat::new(self.a.elements::<T>()?, rank, self.a.dims()[1]).columns(0, sizes.small());
+        let (width, columns) = match self.structure {
+            Structure::Dense => (b[1] * rank, sizes.columns()),
+            Structure::Block => (rank, rank),
+        };
+        let b = Mat::new(self.b.elements::<T>()?, b[0], width);
+        Ok((a, b.rows(0, sizes.large()).columns(0, columns)))
+    }
+}
