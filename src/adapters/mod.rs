@@ -57,6 +57,6 @@ pub use pissa::{Pissa, PissaAdapter};
 pub use pranc::{Pranc, PrancAdapter};
 pub use randlora::{RandLora, RandLoraAdapter};
 pub use recipe::by_recipe;
-pub use settings::{METHODS, Settings, by_name};
+pub use settings::{METHODS, Settings, by_name, default_rank};
 pub use svft::{Svft, SvftAdapter};
 pub use vera::{Vera, VeraAdapter};

@@ -42,6 +42,22 @@ pub const METHODS: [&str; 15] = [
     "full",
 ];
 
+/// The rank of a method of this name where none is asked for; None for one without a rank.
+pub fn default_rank(name: &str) -> Option<usize> {
+    Some(match name {
+        "randlora" => RandLora::default().rank,
+        "lora" | "rslora" => Lora::default().rank,
+        "dora" => Dora::default().rank,
+        "vera" => Vera::default().rank,
+        "pissa" => Pissa::default().rank,
+        "lora-xs" => LoraXs::default().rank,
+        "nola" => Nola::default().rank,
+        "adalora" => AdaLora::over(0).rank,
+        "hydralora" => HydraLora::default().rank,
+        _ => return None,
+    })
+}
+
 impl Settings {
     /// An error for a setting that the method does not have.
     fn check(&self, name: &str) -> Result<()> {

@@ -67,7 +67,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
         None => {
             let wanted = BertLoad { labels, seed: args.seed };
             let (mut model, loaded) = Bert::load(&checkpoint, wanted, &device)?;
-            args.settings().attach(&mut model, &loaded.fresh)?;
+            args.settings(train.texts.len()).attach(&mut model, &loaded.fresh)?;
             model
         }
     };
@@ -143,7 +143,7 @@ impl Run<'_> {
             true => batches.grouped(self.train.texts.iter().map(|text| text.ids.len()).collect())?,
             false => batches,
         };
-        let total = batches.len().div_ceil(args.accumulate.max(1)) * args.epochs;
+        let total = args.steps(self.train.texts.len());
         let mut trainer = Trainer {
             schedule: Schedule { warmup: args.warmup.steps(total), decay: args.schedule.decay() },
             accumulate: args.accumulate,

@@ -37,7 +37,18 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
     drop(checkpoint);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let Args { targets, bases, .. } = args;
-    let settings = Settings { method, targets, rank, scale: None, bases: *bases, dropout: 0.0, seed: 0 };
+    let settings = Settings {
+        method,
+        targets,
+        rank,
+        scale: None,
+        bases: *bases,
+        dropout: 0.0,
+        seed: 0,
+        coefficients: args.coefficients.map(|count| count as usize),
+        // How many there will be changes nothing of the first two.
+        steps: 1000,
+    };
     settings.attach(&mut model, &loaded.fresh)?;
     let peak = peak_bytes(&mut model, args.batch_size as usize, length, &device)?;
     let mut value = numbers(&model);
