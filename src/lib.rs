@@ -170,17 +170,20 @@
 //! adapter folders as PEFT does. [`models`] have the parameter names of their checkpoints, so that
 //! loading is by name and adapters go back and forth:
 //!
-//! ```no_run
+//! ```
 //! use randlora::io::{Access, Checkpoint, PeftAdapter};
 //! use randlora::models::{Bert, BertLoad};
 //! use randlora::nn::{Context, TokenBatch, TokenIds};
 //! use randlora::Device;
 //!
-//! let checkpoint = Checkpoint::open("all-MiniLM-L6-v2".as_ref(), Access::Map)?;
+//! // A tiny BERT that the tests have; any other is loaded in the same way.
+//! let (folder, adapter) = ("tests/oracle/peft_training/model", "tests/oracle/our_adapters/randlora");
+//! let checkpoint = Checkpoint::open(folder.as_ref(), Access::Map)?;
 //! let (mut model, _) = Bert::load(&checkpoint, BertLoad { labels: Some(2), seed: 0 }, &Device::cpu())?;
-//! PeftAdapter::open("sst2/best".as_ref())?.attach(&mut model)?;
-//! let text = TokenIds { ids: vec![101, 1037, 13940, 2143, 102], ..TokenIds::default() };
-//! println!("{:?}", model.forward(&TokenBatch::pad(&[&text], 0)?, &Context::eval())?);
+//! PeftAdapter::open(adapter.as_ref())?.attach(&mut model)?;
+//! let text = TokenIds { ids: vec![2, 12, 9, 31, 3], ..TokenIds::default() };
+//! let logits = model.forward(&TokenBatch::pad(&[&text], 0)?, &Context::eval())?;
+//! assert_eq!(logits.dims(), [1, 2]);
 //! # Ok::<(), randlora::Error>(())
 //! ```
 //!
@@ -214,6 +217,7 @@ pub mod optim;
 mod random;
 mod shape;
 mod storage;
+mod system;
 mod tensor;
 pub mod train;
 

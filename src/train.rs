@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::grad::Gradients;
 use crate::nn::{Context, Module};
 use crate::optim::{Optimizer, Schedule, clip_gradients, gradient_norm};
+use crate::system;
 use crate::tensor::Tensor;
 
 /// How a model is trained.
@@ -84,7 +85,8 @@ pub struct Progress {
     pub learning_rate: f64,
     /// The norm of all gradients, before clipping.
     pub gradient_norm: f64,
-    /// Examples a second, over the whole training so far.
+    /// Examples a second, over the whole training so far; 0 where the system has no clock
+    /// (wasm32-unknown-unknown).
     pub examples_per_second: f64,
 }
 
@@ -136,7 +138,7 @@ impl<O: Optimizer> Trainer<O> {
                 format!("{} of them have more steps than can be counted: ask for fewer", self.epochs);
             return Err(Error::config("epochs", message));
         };
-        let (start, mut seen) = (Instant::now(), 0);
+        let (start, mut seen) = (system::now(), 0);
         for epoch in 0..self.epochs {
             for (i, parts) in batches.epoch(epoch).chunks(self.accumulate).enumerate() {
                 let step = epoch * steps + i;
@@ -150,7 +152,8 @@ impl<O: Optimizer> Trainer<O> {
                 model.after_step(step, &gradients)?;
                 drop(gradients);
                 seen += count(parts);
-                let examples_per_second = seen as f64 / start.elapsed().as_secs_f64().max(1e-9);
+                let speed = |start: Instant| seen as f64 / start.elapsed().as_secs_f64().max(1e-9);
+                let examples_per_second = start.map_or(0.0, speed);
                 let epoch_ends = i + 1 == steps;
                 let progress = Progress {
                     step,

@@ -143,7 +143,7 @@ fn the_update_is_what_the_layer_adds_and_merging_keeps_it() {
             let x = normal("x", &[9, inputs], dtype);
             let adapted = layer.forward(&x, &Context::eval()).unwrap();
             if layer.adapter().unwrap().method() == "hydralora" {
-                assert!(layer.merge().is_err());
+                assert!(layer.merge(None).is_err());
                 assert_eq!(wide(&layer.forward(&x, &Context::eval()).unwrap()), wide(&adapted), "{what}");
                 return;
             }
@@ -152,7 +152,7 @@ fn the_update_is_what_the_layer_adds_and_merging_keeps_it() {
             let weight = layer.weight().value().add(&delta).unwrap();
             let by_hand = x.linear(&weight, layer.bias().map(|b| b.value())).unwrap();
             assert!(far(&adapted, &by_hand) < tolerance, "{what} {dtype}");
-            layer.merge().unwrap();
+            layer.merge(None).unwrap();
             assert!(layer.adapter().is_none());
             assert!(
                 far(&layer.forward(&x, &Context::eval()).unwrap(), &adapted) < tolerance,
@@ -291,7 +291,7 @@ fn rows_of_dora_have_the_lengths_that_it_trains() {
         let mut layer = attached(&Dora { rank: 2, ..Dora::default() }, sizes, DType::F64);
         stir(&mut layer);
         let magnitudes = layer.adapter().unwrap().parameters()[2].1.value().clone();
-        layer.merge().unwrap();
+        layer.merge(None).unwrap();
         let lengths = layer.weight().value().powf(2.0).unwrap().sum(&[1], false).unwrap().sqrt().unwrap();
         assert!(far(&lengths, &magnitudes.abs().unwrap()) < 1e-12);
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The layers from the bottom up. A module may import from its own line and from those before it.
 const LAYERS: &[&[&str]] = &[
-    &["error", "dtype", "shape", "random"], // `error` shows shapes, `shape` returns errors.
+    &["error", "dtype", "shape", "random", "system"], // `error` shows shapes, `shape` returns errors.
     &["storage", "device"],
     &["cpu"],
     &["tensor"],
@@ -95,4 +95,32 @@ fn unsafe_code_stays_where_it_is_explained() {
         .collect();
     with.sort();
     assert_eq!(with, ["cpu/gemm.rs", "cpu/simd.rs", "io/map.rs", "storage.rs"]);
+}
+
+/// The library is for systems without them too (see src/system.rs); the command is not.
+#[test]
+fn clocks_processes_and_threads_are_asked_for_in_one_file() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for file in files(&src) {
+        let inside = file.strip_prefix(&src).unwrap().to_str().unwrap().replace('\\', "/");
+        if inside.starts_with("cli/") || inside == "system.rs" || inside.ends_with("tests.rs") {
+            continue;
+        }
+        let code = code(&file);
+        for word in ["Instant::now", "SystemTime", "process::id", "thread::spawn", "temp_dir"] {
+            assert!(!code.contains(word), "{inside} uses {word}, which panics on wasm32-unknown-unknown");
+        }
+    }
+}
+
+/// `println!` panics where standard output is closed or full: results go through `say`.
+#[test]
+fn results_are_printed_in_one_file() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for file in files(&src).into_iter().filter(|file| !file.ends_with("cli/output.rs")) {
+        for line in code(&file).lines() {
+            let line = line.replace("eprint", "");
+            assert!(!line.contains("println!") && !line.contains("print!("), "{}: {line}", file.display());
+        }
+    }
 }

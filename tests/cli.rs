@@ -20,9 +20,12 @@ fn misuse_ends_with_2_and_says_so_on_standard_error() {
 
 #[test]
 fn help_and_version_are_results() {
-    let help = randlora(&["demo", "--help"]);
-    assert!(help.status.success() && help.stderr.is_empty());
-    assert!(String::from_utf8_lossy(&help.stdout).contains("Examples:"));
+    for command in ["finetune", "eval", "predict", "inspect", "demo"] {
+        let help = randlora(&[command, "--help"]);
+        assert!(help.status.success() && help.stderr.is_empty());
+        let example = format!("Examples:\n  randlora {command}");
+        assert!(String::from_utf8_lossy(&help.stdout).contains(&example), "{command}");
+    }
     assert!(String::from_utf8_lossy(&randlora(&["--version"]).stdout).contains(env!("CARGO_PKG_VERSION")));
 }
 

@@ -356,6 +356,8 @@ fn misuse_ends_with_2() {
         &["--dropout", "1"],
         &["--warmup", "1.5"],
         &["--text", "0"],
+        &["--threads", "0"],
+        &["--threads", "100000"],
         &["--header", "--no-header"],
         &["--adapter", &adapter, "--method", "lora"],
         &["--adapter", &adapter, "--task", "regress"],

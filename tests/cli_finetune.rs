@@ -127,6 +127,24 @@ fn a_seed_gives_one_file_on_any_number_of_threads() {
     }
 }
 
+/// With gradients that add up over batches, batches of texts of one length, and dropout everywhere.
+#[test]
+fn checkpointed_activations_change_no_bit() {
+    let work = Work::new("checkpointed");
+    let model = with_dropout(&work);
+    for method in ["randlora", "lora", "full"] {
+        let run = |out: &str, more: &[&str]| {
+            let fixed = ["--model", &model, "--method", method, "--dropout", "0.1", "--epochs", "2"];
+            let together = ["--accumulate", "2", "--group-by-length", "--force"];
+            train(&work, out, &[&fixed[..], &together, more].concat());
+            let file = if method == "full" { "model.safetensors" } else { ADAPTER[1] };
+            (metrics(&work, out).1, work.read(&format!("{out}/last/{file}")))
+        };
+        let plain = run("plain", &["--threads", "2"]);
+        assert!(run("with", &["--checkpoint-activations", "--threads", "1"]) == plain, "{method}");
+    }
+}
+
 #[test]
 fn training_goes_on_from_an_adapter() {
     let work = Work::new("goes-on");

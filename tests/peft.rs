@@ -2,6 +2,10 @@
 //! saving them again, training on from them, and those that are refused.
 
 mod common;
+#[path = "peft/compact.rs"]
+mod compact;
+#[path = "peft/torch_bases.rs"]
+mod torch_bases;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +17,7 @@ use common::{
 use randlora::adapters::{Lora, Targets, attach};
 use randlora::io::{Access, PeftAdapter, PeftTask, SafeTensors, save_peft};
 use randlora::models::Bert;
-use randlora::nn::{Context, Module};
+use randlora::nn::{Context, ItemMut, Module};
 use randlora::optim::{AdamW, Decay, Optimizer, Schedule, clip_gradients};
 use randlora::{DType, Error};
 use serde_json::Value;
@@ -57,9 +61,8 @@ fn cases() -> Vec<String> {
     let names = entries.filter(|path| path.join("expected.safetensors").is_file());
     let mut names: Vec<String> =
         names.map(|path| path.file_name().unwrap().to_str().unwrap().into()).collect();
-    names.retain(|name| name != "randlora-seed-only");
     names.sort();
-    assert_eq!(names.len(), 14);
+    assert_eq!(names.len(), 28);
     names
 }
 
@@ -87,40 +90,37 @@ fn what_is_trained_is_what_the_file_holds() {
     for case in cases() {
         let model = adapted(&adapter(&case), DType::F32);
         let file = tensors(&adapter(&case).join(TENSORS));
-        let held =
-            file.entries().filter(|(name, _)| !name.ends_with("randlora_A") && !name.ends_with("randlora_B"));
+        let held = file.entries().filter(|(name, _)| !is_base(name) && !is_copy(name));
         let count: usize = held.map(|(_, entry)| entry.dims.iter().product::<usize>()).sum();
         assert_eq!(model.trainable_count(), count, "{case}");
     }
 }
 
-/// The tensors of a file by name; of RandLoRA's bases only those at the model.
-fn contents(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
-    let file = tensors(path);
-    let one = |name: &str| (file.entry(name).unwrap().dims.clone(), expected(&file, name));
-    let bases = |name: &str| name.ends_with("randlora_A") || name.ends_with("randlora_B");
-    let kept = file.entries().filter(|(name, _)| !bases(name) || name.starts_with("base_model.randlora_"));
-    kept.map(|(name, _)| (name.to_string(), one(name))).collect()
+/// Whether a key is of one of RandLoRA's bases.
+fn is_base(name: &str) -> bool {
+    name.ends_with("randlora_A") || name.ends_with("randlora_B")
 }
 
-/// Sets what no layer reads to 0: of A (r, 1, MIN) the columns from `small` on, of B (MAX, n, r) the
-/// rows from `large` on and the bases from `bases` on.
-fn clear((dims, values): &mut (Vec<usize>, Vec<f64>), read: [usize; 3]) -> usize {
-    let mut cleared = 0;
-    for (i, value) in values.iter_mut().enumerate() {
-        let place = [i / (dims[1] * dims[2]), i / dims[2] % dims[1], i % dims[2]];
-        if place.iter().zip(read).any(|(place, read)| *place >= read) {
-            *value = 0.0;
-            cleared += 1;
-        }
-    }
-    cleared
+/// Whether a key is of something that PEFT writes twice: bases below a layer; with `bias: all` the classifier's
+/// bias before training and once more after it.
+fn is_copy(name: &str) -> bool {
+    let base = is_base(name) && !name.starts_with("base_model.randlora_");
+    base || name.contains(".original_module.") || name.contains(".modules_to_save.")
+}
+
+/// The tensors of a file by name, without the copies.
+fn contents(path: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<f64>)> {
+    let file = tensors(path);
+    let one = |name: &str| {
+        let entry = file.entry(name).unwrap();
+        (entry.dtype.to_string(), entry.dims.clone(), expected(&file, name))
+    };
+    file.entries().filter(|(name, _)| !is_copy(name)).map(|(name, _)| (name.to_string(), one(name))).collect()
 }
 
 #[test]
 fn a_saved_adapter_is_the_file_that_peft_would_write() {
     let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some("model".into()) };
-    let mut unread = 0;
     for case in cases() {
         let model = adapted(&adapter(&case), DType::F32);
         let folder = Folder::with(&case, &[]);
@@ -130,40 +130,37 @@ fn a_saved_adapter_is_the_file_that_peft_would_write() {
         let bits = |model: &Bert| logits(model).into_iter().map(f64::to_bits).collect::<Vec<_>>();
         assert_eq!(bits(&again), bits(&model), "{case}");
 
-        let (got, mut want) = (contents(&saved.join(TENSORS)), contents(&adapter(&case).join(TENSORS)));
-        let layers = model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some());
-        let sides: Vec<_> = layers.map(|(_, layer)| (layer.inputs(), layer.outputs())).collect();
-        let small = sides.iter().map(|(a, b)| *a.min(b)).max().unwrap();
-        let large = sides.iter().map(|(a, b)| *a.max(b)).max().unwrap();
-        let file = tensors(&saved.join(TENSORS));
-        assert_eq!(file.metadata()["format"], "pt");
-        if let Some((dims, _)) = got.get("base_model.randlora_A") {
-            let (rank, n) = (dims[0], small.div_ceil(dims[0]));
+        let (mut got, mut want) = (contents(&saved.join(TENSORS)), contents(&adapter(&case).join(TENSORS)));
+        assert_eq!(tensors(&saved.join(TENSORS)).metadata()["format"], "pt");
+        match case.as_str() {
             // The case without PEFT's pair at the model has that of randlora-shared.
-            if case == "randlora-per-layer" {
-                want = contents(&adapter("randlora-shared").join(TENSORS));
-            }
-            unread += clear(want.get_mut("base_model.randlora_A").unwrap(), [rank, 1, small]);
-            unread += clear(want.get_mut("base_model.randlora_B").unwrap(), [large, n, rank]);
+            "randlora-per-layer" => want = contents(&adapter("randlora-shared").join(TENSORS)),
+            // Here the bases go along.
+            "randlora-seed-only" | "randlora-seed-sparse" => got.retain(|name, _| !is_base(name)),
+            _ => {}
         }
+        // They were computed with in f32.
+        want.values_mut().for_each(|(dtype, _, _)| *dtype = "F32".into());
         assert!(got == want, "{case}: {:?} and {:?}", got.keys(), want.keys());
         check_config(&case, &json(&saved.join(CONFIG)), &json(&adapter(&case).join(CONFIG)), &model);
     }
-    assert!(unread > 0, "all cases read all of the bases");
 }
 
 /// Fails unless our configuration says what PEFT's says of the things that matter.
 fn check_config(case: &str, ours: &Value, theirs: &Value, model: &Bert) {
     let fields = match theirs["peft_type"].as_str() {
         Some("LORA") => vec!["lora_alpha", "lora_dropout", "use_dora", "use_rslora"],
-        _ => vec!["randlora_alpha", "randlora_dropout", "save_projection"],
+        _ => vec!["randlora_alpha", "randlora_dropout", "projection_prng_key", "sparse", "very_sparse"],
     };
     for field in fields.into_iter().chain(["peft_type", "r", "bias", "fan_in_fan_out", "inference_mode"]) {
-        assert_eq!(ours[field], theirs[field], "{case} {field}");
+        // Written as the plain alpha, or as those of the layers, that mean the same.
+        let other = ["lora-rslora", "lora-patterns", "lora-patterns-rslora"].contains(&case)
+            && ["lora_alpha", "use_rslora", "r"].contains(&field);
+        assert!(other || ours[field] == theirs[field], "{case} {field}: {} {}", ours[field], theirs[field]);
     }
     assert_eq!((&ours["task_type"], &ours["base_model_name_or_path"]), (&"SEQ_CLS".into(), &"model".into()));
     let whole = match case {
-        "lora-no-classifier" => Value::Null,
+        "lora-no-classifier" | "lora-bias-only" => Value::Null,
         "lora-pooler-saved" => serde_json::json!(["bert.pooler.dense", "classifier"]),
         _ => serde_json::json!(["classifier"]),
     };
@@ -256,15 +253,11 @@ fn combined(name: &str, config: &str, tensors: &str) -> Folder {
 
 #[test]
 fn what_is_not_computed_here_is_refused() {
-    refused(&adapter("randlora-seed-only"), &[CONFIG, "`save_projection` is false", "save_projection=True"]);
     for (case, tensors, part) in [
-        ("bias-all", "randlora", "`bias` is \"all\""),
-        ("lora-bias-all", "lora", "`bias` is \"all\""),
-        ("fan-in-fan-out", "randlora", "`fan_in_fan_out` is true"),
         ("ia3", "lora", "IA3"),
         ("dora", "lora", "`use_dora` is true"),
-        ("rank-pattern", "lora", "`rank_pattern` is {\"layer.1.attention.self.query\":2}"),
-        ("alpha-pattern", "lora", "`alpha_pattern` is {\"layer.1.attention.self.query\":2}"),
+        ("rank-pattern", "lora", r"`rank_pattern`: `layer\.\d\.attention.self.query` is an expression"),
+        ("alpha-pattern", "lora", "`alpha_pattern`: `(query|key)` is an expression"),
     ] {
         refused(&combined(case, &format!("refused/{case}"), tensors).0, &[CONFIG, part]);
     }
@@ -280,27 +273,103 @@ fn what_is_not_computed_here_is_refused() {
 }
 
 #[test]
-fn some_settings_that_others_refuse() {
-    // Layers are found by their keys, whatever the pattern that chose them.
-    let folder = combined("layers", "refused/layers-to-transform", "randlora");
-    let layer = "bert.encoder.layer.1.attention.self.query";
-    folder.rename(&adapter("randlora").join(TENSORS), TENSORS, |name| {
-        let kept =
-            name.contains(layer) || name.contains("classifier") || name.starts_with("base_model.randlora_");
-        kept.then(|| name.into())
-    });
-    let mut model = base("peft_adapters", DType::F32);
-    assert_eq!(PeftAdapter::open(&folder.0).unwrap().attach(&mut model).unwrap().layers, [layer]);
+fn an_adapter_that_was_only_loaded_is_saved_bit_for_bit() {
+    for case in cases() {
+        let opened = PeftAdapter::open(&adapter(&case)).unwrap();
+        let mut model = base("peft_adapters", DType::F32);
+        opened.attach(&mut model).unwrap();
+        let folder = Folder::with(&format!("like-{case}"), &[]);
+        opened.save(&model, &folder.0).unwrap();
+        let (got, mut want) = (contents(&folder.0.join(TENSORS)), contents(&adapter(&case).join(TENSORS)));
+        if case == "randlora-per-layer" {
+            want = contents(&adapter("randlora-shared").join(TENSORS));
+        }
+        assert!(got == want, "{case}: {:?} and {:?}", got.keys(), want.keys());
+        assert_eq!(json(&folder.0.join(CONFIG)), json(&adapter(&case).join(CONFIG)), "{case}");
+        assert_eq!(logits(&adapted(&folder.0, DType::F32)), logits(&model), "{case}");
+    }
+}
 
-    // s = alpha/√r instead of alpha/r.
-    let folder = combined("rslora", "lora", "lora");
-    folder.edit(CONFIG, "\"use_rslora\": false", "\"use_rslora\": true");
-    let scale = PeftAdapter::open(&folder.0).unwrap().config().scale;
-    assert!((scale - 12.0 / 3f64.sqrt()).abs() < 1e-12, "{scale}");
-    let plain = combined("lora-alpha", "lora", "lora");
-    plain.edit(CONFIG, "\"lora_alpha\": 12", &format!("\"lora_alpha\": {}", 12.0 * 3f64.sqrt()));
-    let [got, want] = [&folder, &plain].map(|folder| logits(&adapted(&folder.0, DType::F64)));
-    close("rslora", &got, &want, OUTPUTS[1].1);
+#[test]
+fn what_is_not_read_of_a_configuration_is_kept() {
+    let folder = combined("kept", "lora-bf16", "lora-bf16");
+    folder.edit(CONFIG, "\"revision\": null", "\"revision\": \"main\", \"of_tomorrow\": null");
+    let opened = PeftAdapter::open(&folder.0).unwrap();
+    let mut model = base("peft_adapters", DType::F32);
+    opened.attach(&mut model).unwrap();
+    // Trained on: what bf16 no longer holds is f32 from now on, the rest stays.
+    let name = "bert.encoder.layer.0.attention.self.query.lora.a";
+    model
+        .try_visit_mut(&mut |at, item| match item {
+            ItemMut::Parameter(p) if at == name => p.set(p.value().scale(1.1)?),
+            _ => Ok(()),
+        })
+        .unwrap();
+    let saved = Folder::with("kept-saved", &[]);
+    opened.save(&model, &saved.0).unwrap();
+    assert_eq!(json(&saved.0.join(CONFIG)), json(&folder.0.join(CONFIG)));
+    let wide: Vec<String> = contents(&saved.0.join(TENSORS))
+        .into_iter()
+        .filter(|(_, t)| t.0 == "F32")
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(wide, ["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"]);
+
+    // Another adapter's settings are not written over this one's.
+    let mut other = base("peft_adapters", DType::F32);
+    attach(&mut other, &Lora { rank: 2, ..Lora::default() }, &Targets::names(&["query"]), &[]).unwrap();
+    says(&opened.save(&other, &saved.0).unwrap_err(), &["other settings", "save_peft"]);
+}
+
+#[test]
+fn how_the_model_stores_its_weights_is_no_matter_of_the_adapter() {
+    let folder = combined("fan", "lora", "lora");
+    folder.edit(CONFIG, "\"fan_in_fan_out\": false", "\"fan_in_fan_out\": true");
+    assert_eq!(logits(&adapted(&folder.0, DType::F32)), logits(&adapted(&adapter("lora"), DType::F32)));
+}
+
+#[test]
+fn bases_that_were_drawn_in_f16() {
+    let case = adapter("randlora-seed-only");
+    let mut model = base("peft_adapters", DType::F32);
+    PeftAdapter::open(&case).unwrap().drawn_in(DType::F16).attach(&mut model).unwrap();
+    let (f16, bf16) = (logits(&model), logits(&adapted(&case, DType::F32)));
+    let apart = distance(&f16, &bf16) / largest(&bf16);
+    assert!(apart > 1e-4 && apart < 0.05, "{apart}");
+    // The other way round: what is stored is not drawn.
+    let mut model = base("peft_adapters", DType::F32);
+    PeftAdapter::open(&adapter("randlora")).unwrap().drawn_in(DType::F16).attach(&mut model).unwrap();
+    assert_eq!(logits(&model), logits(&adapted(&adapter("randlora"), DType::F32)));
+}
+
+#[test]
+fn patterns_that_contradict_each_other_or_the_tensors() {
+    for (i, (patterns, part)) in [
+        ("{\"query\": 2}", "[3, 12], but adapter_config.json says that `r` is 2"),
+        ("{\"query\": 2, \"self.query\": 3}", "contradicts another pattern"),
+        ("{\"query\": \"2\"}", "`query` has no number"),
+        ("{\"query\": 0}", "the rank 0"),
+        ("[2]", "`rank_pattern` is [2], not an object"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = combined(&format!("patterns-{i}"), "lora", "lora");
+        folder.edit(CONFIG, "\"rank_pattern\": {}", &format!("\"rank_pattern\": {patterns}"));
+        refused(&folder.0, &[part]);
+    }
+}
+
+#[test]
+fn biases_that_are_promised_and_missing() {
+    let folder = combined("no-bias", "lora-bias-only", "lora-bias-only");
+    let missing = "bert.encoder.layer.1.attention.self.key.base_layer.bias";
+    let keep = |name: &str| (!name.contains(missing)).then(|| name.into());
+    folder.rename(&adapter("lora-bias-only").join(TENSORS), TENSORS, keep);
+    refused(&folder.0, &["layer.1.attention.self.key.bias` is missing"]);
+    let folder = combined("other-bias", "lora-bias-only", "lora-bias-only");
+    folder.edit(CONFIG, "\"lora_only\"", "\"some\"");
+    refused(&folder.0, &[CONFIG, "`bias` is \"some\"", "lora_only"]);
 }
 
 #[test]

@@ -331,7 +331,7 @@ fn merging_gives_the_same_outputs() {
         }
         let x = normal("x", &[5, 12], DType::F64);
         let before = layer.forward(&x, &Context::eval()).unwrap();
-        layer.merge().unwrap();
+        layer.merge(None).unwrap();
         assert!(distance(&layer.forward(&x, &Context::eval()).unwrap(), &before) < 1e-12);
     }
 }

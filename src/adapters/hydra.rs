@@ -27,7 +27,7 @@ use crate::tensor::Tensor;
 /// let method = HydraLora { rank: 4, heads: 3, ..HydraLora::default() };
 /// attach(&mut layer, &method, &Targets::AllLinear, &[])?;
 /// assert_eq!(layer.trainable_count(), 4 * 20 + 3 * 4 * 30 + 3 * 20);
-/// assert!(layer.merge().is_err());
+/// assert!(layer.merge(None).is_err());
 /// # Ok::<(), randlora::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]

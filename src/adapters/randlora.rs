@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::adapters::attach::{LayerInfo, Method};
 use crate::adapters::bases::{BasesSpec, Distribution};
+use crate::adapters::origin::BasesOrigin;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Context, LinearAdapter, Parameter};
@@ -70,10 +71,9 @@ impl RandLora {
         sizes.bases() * (sizes.rank + sizes.small())
     }
 
-    /// The bases that fit all these layers, in f32.
-    pub fn bases(&self, layers: &[LayerInfo]) -> Result<Option<Bases>> {
-        let Some(first) = layers.first() else { return Ok(None) };
-        let spec = BasesSpec {
+    /// What the bases that fit all these layers follow from.
+    pub fn spec(&self, layers: &[LayerInfo]) -> BasesSpec {
+        BasesSpec {
             seed: self.seed,
             distribution: self.distribution,
             structure: self.structure,
@@ -81,8 +81,13 @@ impl RandLora {
             small: layers.iter().map(LayerInfo::small).max().unwrap_or(0),
             large: layers.iter().map(LayerInfo::large).max().unwrap_or(0),
             pairing: self.pairing,
-        };
-        spec.generate(&first.device).map(Some)
+        }
+    }
+
+    /// The bases that fit all these layers, in f32.
+    pub fn bases(&self, layers: &[LayerInfo]) -> Result<Option<Bases>> {
+        let Some(first) = layers.first() else { return Ok(None) };
+        self.spec(layers).generate(&first.device).map(Some)
     }
 }
 
@@ -126,12 +131,14 @@ impl Method for RandLora {
         let wide = layers.iter().any(|layer| layer.dtype == DType::F64);
         let wide = if wide { Some(Arc::new(bases.to_dtype(DType::F64)?)) } else { None };
         let narrow = Arc::new(bases);
+        let origin = BasesOrigin::Spec(self.spec(layers));
         let one = |layer: &LayerInfo| {
             let bases = match &wide {
                 Some(wide) if layer.dtype == DType::F64 => wide,
                 _ => &narrow,
             };
-            RandLoraAdapter::new(self, layer, bases.clone()).map(|a| Box::new(a) as Box<dyn LinearAdapter>)
+            let adapter = RandLoraAdapter::new(self, layer, bases.clone())?.with_origin(Some(origin));
+            Ok(Box::new(adapter) as Box<dyn LinearAdapter>)
         };
         layers.iter().map(one).collect::<Result<_>>().map(Some)
     }
@@ -143,6 +150,7 @@ pub struct RandLoraAdapter {
     lambda: Parameter,
     gamma: Parameter,
     bases: Arc<Bases>,
+    origin: Option<BasesOrigin>,
     inputs: usize,
     outputs: usize,
     scale: f64,
@@ -162,12 +170,23 @@ impl RandLoraAdapter {
             lambda: Parameter::new(lambda),
             gamma: Parameter::new(gamma),
             bases,
+            origin: None,
             inputs: layer.inputs,
             outputs: layer.outputs,
             scale: settings.scale,
             dropout: settings.dropout,
             ways: settings.ways,
         })
+    }
+
+    /// The same adapter, which says what its bases follow from.
+    pub fn with_origin(self, origin: Option<BasesOrigin>) -> RandLoraAdapter {
+        RandLoraAdapter { origin, ..self }
+    }
+
+    /// What the bases follow from, if that is known: a file may hold them and not say.
+    pub fn origin(&self) -> Option<BasesOrigin> {
+        self.origin
     }
 
     /// The bases.

@@ -65,8 +65,20 @@ pub(crate) enum BasesName {
 }
 
 impl BasesName {
+    /// The name as it is typed.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            BasesName::Uniform => "uniform",
+            BasesName::Normal => "normal",
+            BasesName::Signs => "signs",
+            BasesName::Sparse => "sparse",
+            BasesName::VerySparse => "very-sparse",
+            BasesName::Block => "block",
+        }
+    }
+
     /// The entries and the structure, for a model whose layers' largest smaller side is `small`.
-    fn kind(self, small: usize) -> (Distribution, Structure) {
+    pub(crate) fn kind(self, small: usize) -> (Distribution, Structure) {
         match self {
             BasesName::Uniform => (Distribution::Uniform, Structure::Dense),
             BasesName::Normal => (Distribution::Normal, Structure::Dense),

@@ -4,6 +4,7 @@
 //! failure, with one line that says what is wrong.
 
 mod about;
+mod bench;
 mod columns;
 mod demo;
 mod encode;
@@ -11,6 +12,7 @@ mod eval;
 mod finetune;
 mod inspect;
 mod labels;
+mod made_up;
 mod method;
 mod model;
 mod output;
@@ -39,6 +41,7 @@ enum Command {
     Eval(eval::Args),
     Predict(predict::Args),
     Inspect(inspect::Args),
+    Bench(bench::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -59,6 +62,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::DemoMethod(args) => demo::run_method(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

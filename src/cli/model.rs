@@ -27,8 +27,8 @@ pub(crate) struct ModelArgs {
     #[arg(long)]
     pub(crate) no_mmap: bool,
     /// The threads to compute with; all cores by default. The results are the same for any number.
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
 }
 
 impl ModelArgs {
@@ -39,10 +39,15 @@ impl ModelArgs {
 
     /// Runs `f` with the threads that were asked for.
     pub(crate) fn with_threads<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
-        let error = |message: String| Error::Config { what: "threads", message };
-        let builder = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or(0));
-        Ok(builder.build().map_err(|e| error(e.to_string()))?.install(f))
+        with_threads(self.threads, f)
     }
+}
+
+/// Runs `f` with so many threads, or one on each core.
+pub(crate) fn with_threads<T: Send>(threads: Option<u16>, f: impl FnOnce() -> T + Send) -> Result<T> {
+    let error = |message: String| Error::Config { what: "threads", message };
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0).into());
+    Ok(builder.build().map_err(|e| error(e.to_string()))?.install(f))
 }
 
 /// The examples of a batch that nothing is learned from. Constant: how examples are put together into

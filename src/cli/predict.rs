@@ -34,7 +34,8 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
     if args.pair && args.texts.len() % 2 == 1 {
-        return Err(format!("{} texts make no pairs: give an even number", args.texts.len()).into());
+        let message = format!("{} texts make no pairs: give an even number\n", args.texts.len());
+        clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message).exit();
     }
     args.model.with_threads(|| predict(args))?.map_err(Failure::from)
 }

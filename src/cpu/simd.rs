@@ -4,7 +4,7 @@
 //! compiled several times here and the fitting version is chosen when the program runs. No version
 //! may contract a·b + c into one rounding, so all give the same bits.
 
-use crate::dtype::{DType, Element};
+use crate::dtype::Element;
 
 /// A loop over slices. Mark `run` and all that it calls `#[inline(always)]`: code that is not
 /// inlined into the version for the wide vectors stays narrow.
@@ -28,7 +28,7 @@ pub(crate) fn vectorize<K: Kernel>(kernel: K) -> K::Out {
         kernel.run()
     }
     // f64 is there to check gradients with: one version of each loop will do.
-    if const { matches!(K::Element::DTYPE, DType::F64) } {
+    if const { matches!(K::Element::DTYPE, crate::dtype::DType::F64) } {
         return kernel.run();
     }
     if has_v4() {

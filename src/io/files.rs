@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::system;
 
 pub(crate) fn io_error(path: &Path, source: io::Error) -> Error {
     Error::Io { path: path.to_path_buf(), source }
@@ -15,13 +16,18 @@ pub(crate) fn io_error(path: &Path, source: io::Error) -> Error {
 /// mapped may be replaced.
 ///
 /// # Errors
-/// [`Error::Io`]; nothing is left behind then.
+/// [`Error::Io`], also for a path that is there and no file; nothing is left behind then.
 pub fn write_whole(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    if path.is_dir() {
-        return Err(io_error(
-            path,
-            io::Error::new(io::ErrorKind::IsADirectory, "this is a folder, not a file"),
-        ));
+    let refuse = |kind, message| Err(io_error(path, io::Error::new(kind, message)));
+    match fs::metadata(path) {
+        Ok(there) if there.is_dir() => {
+            return refuse(io::ErrorKind::IsADirectory, "this is a folder, not a file");
+        }
+        // Renaming would put the file in its place: /dev/null would be gone.
+        Ok(there) if !there.is_file() => {
+            return refuse(io::ErrorKind::InvalidInput, "this is a device or a pipe: name a file");
+        }
+        _ => {}
     }
     let temporary = beside(path);
     let written = fill(&temporary, write).and_then(|()| fs::rename(&temporary, path));
@@ -42,7 +48,7 @@ fn fill(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io
 fn beside(path: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.tmp", std::process::id()));
+    name.push(format!(".{}.tmp", system::process()));
     path.with_file_name(name)
 }
 
@@ -72,5 +78,18 @@ mod tests {
         let folder = Folder::new("write_whole_folder");
         assert!(matches!(write_whole(&folder.path(""), |_| Ok(())), Err(Error::Io { .. })));
         assert!(matches!(write_whole(&folder.path("no/file"), |_| Ok(())), Err(Error::Io { .. })));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_file_is_not_replaced_by_one() {
+        use std::os::unix::fs::FileTypeExt;
+        let folder = Folder::new("write_whole_socket");
+        let path = folder.path("socket");
+        let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let error = write_whole(&path, |w| w.write_all(b"new")).unwrap_err().to_string();
+        assert_eq!(error, format!("{}: this is a device or a pipe: name a file", path.display()));
+        assert!(fs::metadata(&path).unwrap().file_type().is_socket());
+        assert_eq!(fs::read_dir(folder.path("")).unwrap().count(), 1);
     }
 }

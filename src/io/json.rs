@@ -31,10 +31,15 @@ impl Object {
     /// Takes a text apart; errors call it `what`.
     pub(crate) fn parse(what: String, text: &str) -> Result<Object> {
         match serde_json::from_str(text) {
-            Ok(Value::Object(fields)) => Ok(Object { what, fields }),
+            Ok(Value::Object(fields)) => Ok(Object::of(what, fields)),
             Ok(_) => Err(Error::data(what, "a JSON object is needed")),
             Err(error) => Err(Error::data(what, format!("no valid JSON: {error}"))),
         }
+    }
+
+    /// These fields; errors call them `what`.
+    pub(crate) fn of(what: String, fields: Map<String, Value>) -> Object {
+        Object { what, fields }
     }
 
     /// A field; None where it is missing or null.
@@ -83,6 +88,12 @@ impl Object {
     /// A list of texts.
     pub(crate) fn texts(&self, name: &str) -> Result<Option<Vec<&str>>> {
         self.typed(name, "a list of texts", |v| v.as_array()?.iter().map(Value::as_str).collect())
+    }
+
+    /// An object; errors about it name this file.
+    pub(crate) fn object(&self, name: &str) -> Result<Option<Object>> {
+        let fields = self.typed(name, "an object", Value::as_object)?;
+        Ok(fields.map(|fields| Object::of(self.what.clone(), fields.clone())))
     }
 
     /// An object of texts.

@@ -19,5 +19,5 @@ pub use checkpoint::Checkpoint;
 pub use files::write_whole;
 pub use map::Access;
 pub use own::{OwnAdapter, save_own};
-pub use peft::{PeftAdapter, PeftConfig, PeftTask, save_peft};
+pub use peft::{Biases, PeftAdapter, PeftConfig, PeftTask, save_compact, save_peft};
 pub use safetensors::{Entry, FileType, SafeTensors, save_safetensors};

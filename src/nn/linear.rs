@@ -180,20 +180,74 @@ impl Linear {
     }
 
     /// Adds the adapter's change to the weight and takes the adapter off: the layer gives the same
-    /// output (up to rounding) and the adapter costs nothing any more.
+    /// output (up to rounding) and the adapter costs nothing any more. The weight keeps its type, or takes this
+    /// one; it is rounded once.
     ///
     /// # Errors
-    /// Those of [`LinearAdapter::delta`]; nothing is changed then.
-    pub fn merge(&mut self) -> Result<Option<Box<dyn LinearAdapter>>> {
-        if let Some(adapter) = &self.adapter {
-            let (weight, dtype) = (self.weight.value(), self.weight.value().dtype());
-            // Narrow weights are widened for the sum and rounded once.
-            let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-            let sum = weight.to_dtype(wide)?.add(&adapter.delta(weight)?.detach().to_dtype(wide)?)?;
-            self.weight.set(sum.to_dtype(dtype)?)?;
+    /// [`Error::Data`] where the change or the sum is not finite, and those of [`LinearAdapter::delta`]; the
+    /// layer is unchanged then.
+    pub fn merge(&mut self, dtype: Option<DType>) -> Result<Option<Merged>> {
+        let Some(adapter) = &self.adapter else { return Ok(None) };
+        let weight = self.weight.value();
+        let dtype = dtype.unwrap_or(weight.dtype());
+        let wide = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let delta = adapter.delta(weight)?.detach().to_dtype(wide)?;
+        let sum = weight.to_dtype(wide)?.add(&delta)?;
+        let rounded = sum.to_dtype(dtype)?;
+        let lost = norm(&rounded.to_dtype(wide)?.sub(&sum)?)?;
+        let size = norm(&delta)?;
+        if !size.is_finite() {
+            return Err(Error::data("the adapter's change", "not finite: the adapter is broken"));
         }
-        Ok(self.adapter.take())
+        if !lost.is_finite() {
+            return Err(Error::data("the merged weight", format!("too large for {dtype}: use f32")));
+        }
+        let old = self.weight.value().clone();
+        self.weight.replace(rounded)?;
+        let lost = if size > 0.0 { lost / size } else { 0.0 };
+        Ok(self.adapter.take().map(|adapter| Merged { weight: old, adapter, lost }))
     }
+
+    /// Undoes a merge: the layer has its old weight again, bit for bit, and the adapter.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the layer has another adapter by now, [`Error::Shape`] for another layer's merge.
+    pub fn unmerge(&mut self, merged: Merged) -> Result<()> {
+        if let Some(other) = &self.adapter {
+            let message = format!("the layer has one ({}): detach it first", other.method());
+            return Err(Error::config("adapter", message));
+        }
+        self.weight.replace(merged.weight)?;
+        self.adapter = Some(merged.adapter);
+        Ok(())
+    }
+}
+
+/// What [`Linear::merge`] took off a layer.
+#[derive(Debug)]
+pub struct Merged {
+    weight: Tensor,
+    adapter: Box<dyn LinearAdapter>,
+    lost: f64,
+}
+
+impl Merged {
+    /// The adapter.
+    pub fn adapter(&self) -> &dyn LinearAdapter {
+        &*self.adapter
+    }
+
+    /// What rounding the sum to the weight's type lost, as a share of the change: ‖round(W + ΔW) − (W + ΔW)‖ over
+    /// ‖ΔW‖, in Frobenius norms.
+    pub fn lost(&self) -> f64 {
+        self.lost
+    }
+}
+
+/// The Frobenius norm, summed in f64.
+fn norm(x: &Tensor) -> Result<f64> {
+    let squares = x.to_dtype(DType::F64)?.to_vec::<f64>()?;
+    Ok(squares.iter().map(|x| x * x).sum::<f64>().sqrt())
 }
 
 impl Module for Linear {
@@ -302,12 +356,51 @@ mod tests {
         let adapter = layer.detach().unwrap();
         assert_eq!(run(&layer), plain);
         layer.attach(adapter).unwrap();
-        assert_eq!(layer.merge().unwrap().unwrap().method(), "shift");
-        assert!(layer.adapter().is_none());
-        for (merged, adapted) in run(&layer).iter().zip(adapted) {
+        let merged = layer.merge(None).unwrap().unwrap();
+        assert_eq!(merged.adapter().method(), "shift");
+        assert!(layer.adapter().is_none() && merged.lost() == 0.0);
+        for (merged, adapted) in run(&layer).iter().zip(&adapted) {
             assert!((merged - adapted).abs() < 1e-6);
         }
-        assert!(layer.merge().unwrap().is_none());
+        assert!(layer.merge(None).unwrap().is_none());
+
+        layer.unmerge(merged).unwrap();
+        assert_eq!(run(&layer), adapted);
+        layer.detach().unwrap();
+        assert_eq!(run(&layer), plain);
+    }
+
+    #[test]
+    fn unmerging_is_no_subtraction() {
+        let (mut layer, _) = layer(DType::BF16);
+        let weight =
+            |layer: &Linear| layer.weight().value().to_dtype(DType::F32).unwrap().to_vec::<f32>().unwrap();
+        let before = weight(&layer);
+        // In bf16 nothing is left of the weight beside this.
+        layer.attach(shift(1e4)).unwrap();
+        let merged = layer.merge(None).unwrap().unwrap();
+        assert!(merged.lost() > 0.0 && weight(&layer).iter().all(|&w| w == weight(&layer)[0]));
+        layer.unmerge(merged).unwrap();
+        assert_eq!(weight(&layer), before);
+
+        let merged = layer.merge(None).unwrap().unwrap();
+        layer.attach(shift(1.0)).unwrap();
+        assert!(matches!(layer.unmerge(merged), Err(Error::Config { .. })));
+    }
+
+    #[test]
+    fn what_is_not_finite_is_not_merged() {
+        for (s, dtype, part) in
+            [(f64::NAN, None, "broken"), (1e5, Some(DType::F16), "too large for f16: use f32")]
+        {
+            let (mut layer, _) = layer(DType::F32);
+            let before = layer.weight().value().to_vec::<f32>().unwrap();
+            layer.attach(shift(s)).unwrap();
+            let error = layer.merge(dtype).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+            assert!(layer.adapter().is_some());
+            assert_eq!(layer.weight().value().to_vec::<f32>().unwrap(), before);
+        }
     }
 
     #[test]
@@ -315,7 +408,8 @@ mod tests {
         let (mut layer, _) = layer(DType::BF16);
         let before = layer.weight().value().to_dtype(DType::F64).unwrap();
         layer.attach(shift(0.3)).unwrap();
-        layer.merge().unwrap();
+        let lost = layer.merge(None).unwrap().unwrap().lost();
+        assert!(lost > 0.0 && lost < 1.0 / 256.0 / 0.3, "{lost}");
         let want = before.add_scalar(0.3f32 as f64).unwrap().to_dtype(DType::BF16).unwrap();
         let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec::<f32>().unwrap();
         assert_eq!(layer.weight().value().dtype(), DType::BF16);

@@ -4,7 +4,7 @@ usage: peft_adapters.py    (needs torch, transformers, peft, safetensors; writes
 
 Writes peft_adapters/: model/, inputs.safetensors (input_ids, attention_mask, token_type_ids, and the
 plain model's `logits`), <case>/ with the two files of an adapter and expected.safetensors (`logits`,
-in f64 from the stored f32 values), and refused/<case>/: a configuration alone, or an adapter whose
+in f64 from the stored values), and refused/<case>/: a configuration alone, or an adapter whose
 tensors contradict each other, which this crate does not accept.
 """
 # What PEFT 0.21.2 does, found by running it and reading tuners/randlora and utils/save_and_load.py:
@@ -63,23 +63,33 @@ ADAPTERS = {
     "randlora-sparse": randlora(["query", "intermediate.dense"], sparse=True),
     "randlora-very-sparse": randlora(["query", "intermediate.dense"], very_sparse=True),
     "randlora-seed-only": randlora(["key", "output.dense"], save_projection=False, projection_prng_key=11),
+    "randlora-seed-sparse": randlora(["query", "intermediate.dense"], sparse=True, save_projection=False),
+    "randlora-bias-all": randlora(["query", "output.dense"], bias="all"),
+    "randlora-bias-only": randlora(["query"], bias="randlora_only"),
+    "randlora-layers": randlora(["query", "value"], layers_to_transform=[1], layers_pattern="layer"),
     "lora": lora(["query", "value"]),
     "lora-all-linear": lora("all-linear", r=2),
     "lora-no-task": lora(["key", "output.dense"], r=5, task_type=None, modules_to_save=["classifier"]),
     "lora-no-classifier": lora(["query"], task_type=None),
     "lora-pooler-saved": lora(["query"], modules_to_save=["pooler"]),
+    "lora-rslora": lora(["query", "value"], use_rslora=True),
+    "lora-patterns": lora(["query", "value", "output.dense"], rank_pattern={
+        "layer.1.attention.self.query": 2, "^bert.encoder.layer.0.output.dense": 5, r"layer\.1\.output\.dense": 4,
+    }, alpha_pattern={"value": 7, "layer.1.attention.self.query": 5}),
+    "lora-patterns-rslora": lora(["query", "value"], use_rslora=True, rank_pattern={"value": 5}),
+    "lora-bias-all": lora(["query"], bias="all"),
+    "lora-bias-only": lora(["key", "output.dense"], bias="lora_only", task_type=None),
+    "lora-excluded": lora("all-linear", exclude_modules=["pooler.dense", "key"]),
+    "lora-f16": lora(["query", "output.dense"]),
+    "lora-bf16": lora(["query", "output.dense"]),
+    "randlora-bf16": randlora(["query", "output.dense"]),
 }
 
 REFUSED = {
-    "bias-all": randlora(["query"], bias="all"),
-    "lora-bias-all": lora(["query"], bias="all"),
-    "fan-in-fan-out": randlora(["query"], fan_in_fan_out=True),
-    "layers-to-transform": randlora(["query"], layers_to_transform=[1]),
     "ia3": IA3Config(target_modules=["query"], feedforward_modules=[], task_type="SEQ_CLS"),
     "dora": lora(["query"], use_dora=True),
-    "rslora": lora(["query"], use_rslora=True),
-    "rank-pattern": lora(["query"], rank_pattern={"layer.1.attention.self.query": 2}),
-    "alpha-pattern": lora(["query"], alpha_pattern={"layer.1.attention.self.query": 2}),
+    "rank-pattern": lora(["query"], rank_pattern={r"layer\.\d\.attention.self.query": 2}),
+    "alpha-pattern": lora(["query"], alpha_pattern={"(query|key)": 2}),
 }
 
 
@@ -126,7 +136,8 @@ def write_adapter(case, inputs):
     set_seed(1)
     model = get_peft_model(base(), ADAPTERS[case])
     randomise_adapter(model)
-    save_adapter(model, case)
+    narrow = {"f16": torch.float16, "bf16": torch.bfloat16}.get(case.rsplit("-", 1)[1] if "-" in case else "")
+    save_adapter(model.to(narrow) if narrow else model, case)
     change = write_expected(case, inputs) - load_file("inputs.safetensors")["logits"]
     print(f"{case}: logits change by up to {change.abs().max():.3f}")
 

@@ -24,7 +24,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::output::peak_memory;
+use super::output::{peak_memory, say};
 use super::progress::Progress;
 use experiment::{DEFAULT, Experiment, METHODS, Method, SEEDS, numbers};
 
@@ -79,13 +79,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         },
         "methods": methods,
     });
-    print!("{}", report::table(&results)?);
+    say(report::table(&results)?.trim_end())?;
     let written = [
         plot::losses(&results, &args.out.join("loss.svg"))?,
         plot::accuracies(&results, &args.out.join("accuracy.svg"))?,
         report::write(&results, &args.out.join("demo.json"))?,
     ];
-    println!("\nwritten: {}", written.map(|path| path.display().to_string()).join(", "));
+    eprintln!("written: {}", written.map(|path| path.display().to_string()).join(", "));
     Ok(())
 }
 
@@ -160,10 +160,10 @@ pub(crate) fn run_method(args: &MethodArgs) -> Result<(), Failure> {
     let outcome = experiment.adapt(&base, &method, &mut |steps| {
         waiting += steps;
         if waiting >= 20 {
-            println!("{}", json!({ "steps": std::mem::take(&mut waiting) }));
+            // What cannot be said now cannot be said at the end either, and is an error there.
+            drop(say(json!({ "steps": std::mem::take(&mut waiting) })));
         }
     })?;
-    println!("{}", json!({ "steps": waiting }));
-    println!("{}", report::outcome(method.name, &outcome, peak_memory()));
-    Ok(())
+    say(json!({ "steps": waiting }))?;
+    Ok(say(report::outcome(method.name, &outcome, peak_memory()))?)
 }

@@ -112,6 +112,10 @@ pub(crate) struct Args {
     /// Put texts of similar length into a batch: less padding, so less time.
     #[arg(long, help_heading = "Training")]
     pub(crate) group_by_length: bool,
+    /// Forget what is computed within the model's blocks, and compute it again when it is needed: less memory,
+    /// more time, the same files.
+    #[arg(long, help_heading = "Training")]
+    pub(crate) checkpoint_activations: bool,
     /// What all random numbers follow from. The same seed gives the same files.
     #[arg(long, default_value_t = 0, help_heading = "Training")]
     pub(crate) seed: u64,

@@ -149,6 +149,7 @@ impl Run<'_> {
             accumulate: args.accumulate,
             clip: (args.clip > 0.0).then_some(args.clip),
             seed: args.seed,
+            checkpoint_activations: args.checkpoint_activations,
             ..Trainer::new(
                 AdamW::new().weight_decay(args.weight_decay),
                 args.learning_rate(method),

@@ -4,37 +4,23 @@
 use std::any::Any;
 
 use randlora::adapters::RandLoraAdapter;
-use randlora::io::{Access, Checkpoint};
-use randlora::models::{Bert, BertConfig, BertLoad};
-use randlora::nn::{Context, Linear, Module, TokenBatch, TokenIds};
+use randlora::io::Access;
+use randlora::models::Bert;
+use randlora::nn::{Context, Linear, Module, TokenIds};
 use randlora::optim::{AdamW, Optimizer};
-use randlora::{DType, Device, Error, Tensor};
+use randlora::{Device, Tensor};
 use serde_json::{Value, json};
 
 use super::{Args, head, line, list, number, string};
 use crate::cli::method::{CLASSIFIER, MethodName, Settings};
 use crate::cli::progress::Progress;
-use crate::cli::{Failure, output};
+use crate::cli::{Failure, made_up, output};
 
 const STEPS: u64 = 2;
 
 /// The plan.
 pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure> {
-    // Not mapped: what the device counts is then all that there is.
-    let (checkpoint, device) = (Checkpoint::open(&args.path, Access::Read)?, Device::cpu());
-    let stored = BertConfig::of(&checkpoint)?;
-    let labels = match args.labels {
-        Some(labels) => labels as usize,
-        None if stored.labels > 0 => stored.labels,
-        None => 2,
-    };
-    let length = args.length.map_or(stored.positions.min(128), |length| length as usize);
-    if length > stored.positions {
-        let (path, most) = (args.path.display(), stored.positions);
-        return Err(format!("--length {length}: the model in {path} reads {most} tokens at most").into());
-    }
-    let (mut model, loaded) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, &device)?;
-    drop(checkpoint);
+    let device = Device::cpu();
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let Args { targets, bases, .. } = args;
     let settings = Settings {
@@ -49,13 +35,18 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
         // How many there will be changes nothing of the first two.
         steps: 1000,
     };
-    settings.attach(&mut model, &loaded.fresh)?;
+    let labels = args.labels.map(|labels| labels as usize);
+    // Not mapped: what the device counts is then all that there is.
+    let mut model = made_up::model(&args.path, Access::Read, labels, &settings, &device)?;
+    let config = *model.config();
+    let length = args.length.map_or(config.positions.min(128), |length| length as usize);
+    made_up::check_length(&args.path, length, &config)?;
     let peak = peak_bytes(&mut model, args.batch_size as usize, length, &device)?;
     let mut value = numbers(&model);
     value["kind"] = json!("plan");
     value["method"] = json!(method.name());
     value["rank"] = json!(rank);
-    value["labels"] = json!(labels);
+    value["labels"] = json!(config.labels);
     value["batch_size"] = json!(args.batch_size);
     value["length"] = json!(length);
     value["training_peak_bytes"] = json!(peak);
@@ -68,32 +59,15 @@ fn is_of_classifier(name: &str) -> bool {
 
 /// The most bytes that the device holds at a time in training, weights included.
 fn peak_bytes(model: &mut Bert, rows: usize, length: usize, device: &Device) -> Result<usize, Failure> {
-    let config = *model.config();
-    // Any tokens will do: memory does not depend on them.
-    let token = |i: usize| (i.wrapping_mul(0x9E37_79B1) % config.vocab) as u32;
-    let row = |row: usize| TokenIds {
-        ids: (row * length..(row + 1) * length).map(token).collect(),
-        ..TokenIds::default()
-    };
-    let texts: Vec<TokenIds> = (0..rows).map(row).collect();
-    let batch = TokenBatch::pad(&texts.iter().collect::<Vec<_>>(), config.pad)?;
+    let texts = made_up::texts(rows, length, model.config());
+    let texts: Vec<&TokenIds> = texts.iter().collect();
     let progress = Progress::new(STEPS);
     progress.stage("making two steps of training to measure their memory");
     device.reset_peaks();
     let mut optimizer = AdamW::new();
     for step in 0..STEPS {
-        let logits = model.forward(&batch, &Context::train(0, step))?;
-        let loss = match config.labels {
-            1 => logits.mse_loss(&Tensor::zeros(logits.shape(), DType::F32, device)?)?,
-            labels => {
-                let targets: Vec<u32> = (0..rows).map(|row| (row % labels) as u32).collect();
-                logits.cross_entropy(&targets, None, 0.0)?
-            }
-        };
-        drop(logits);
-        if !loss.item()?.is_finite() {
-            return Err(Error::NonFinite { what: "the loss".into(), step: step as usize }.into());
-        }
+        let loss = made_up::loss(model, &texts, &Context::train(0, step))?;
+        made_up::finite(&loss, step as usize)?;
         optimizer.step(model, &loss.backward()?, 1e-4)?;
         progress.advance(1);
     }

@@ -6,13 +6,16 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::adapters::{LoraAdapter, RandLoraAdapter, Targets};
+use crate::adapters::{BasesOrigin, LoraAdapter, RandLoraAdapter, Targets, TorchBases};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::files::io_error;
-use crate::io::peft::{CONFIG, MODEL, PeftConfig, ROOT, TENSORS, module_of, parts};
-use crate::io::safetensors::save_safetensors;
-use crate::nn::{Linear, Module};
+use crate::io::peft::compact::save_compact;
+use crate::io::peft::{
+    Biases, CONFIG, MODEL, ORIGIN, PeftAdapter, PeftConfig, ROOT, TENSORS, module_of, origin, parts,
+};
+use crate::io::safetensors::{FileType, save_safetensors};
+use crate::nn::{Linear, Module, Parameter};
 use crate::ops::randlora::{Bases, Pairing, Structure};
 use crate::tensor::Tensor;
 
@@ -35,101 +38,234 @@ pub struct PeftTask {
 /// RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
 /// PEFT cannot express: attach with [`Pairing::Peft`]. [`Error::Io`] where the folder cannot be written.
 pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
-    let layers: Vec<(String, &Linear)> =
-        model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some()).collect();
-    let (config, bases) = describe(&layers)?;
-    let mut tensors = Vec::new();
-    if let Some(bases) = bases {
-        let [a, b] = stored(&bases, &layers)?;
-        tensors.push((format!("{ROOT}randlora_A"), a));
-        tensors.push((format!("{ROOT}randlora_B"), b));
-    }
-    let mut own = BTreeSet::new();
-    for (name, layer) in &layers {
-        let Some(adapter) = layer.adapter() else { continue };
-        for ((part, parameter), suffix) in adapter.parameters().into_iter().zip(parts(config.method)) {
-            own.insert(format!("{name}.{}.{part}", config.method));
-            tensors.push((format!("{MODEL}{name}{suffix}"), parameter.value().clone()));
-        }
-    }
-    let parameters = model.parameters();
-    let trained = parameters.iter().filter(|(name, p)| p.is_trainable() && !own.contains(name));
-    let modules: BTreeSet<&str> = trained.map(|(name, _)| module_of(name)).collect();
-    // PEFT keeps modules whole: what of them is frozen goes along.
-    for (name, parameter) in &parameters {
-        if modules.contains(module_of(name)) {
-            tensors.push((format!("{MODEL}{name}"), parameter.value().clone()));
-        }
+    let Saved { config, bases, tensors } = Saved::of(model)?;
+    let mut config = PeftConfig { base_model: task.base_model.clone(), ..config };
+    let mut metadata = vec![("format", "pt".to_string())];
+    match bases.as_ref().and_then(|bases| bases.origin) {
+        Some(BasesOrigin::Torch(TorchBases { key, draw, .. })) => config.draw = Some((key, draw)),
+        Some(origin) => metadata.push((ORIGIN, origin::to_json(&origin)?.to_string())),
+        None => {}
     }
     fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
-    save_safetensors(&folder.join(TENSORS), &tensors, &[("format", "pt")])?;
-    let modules: Vec<String> = modules.into_iter().map(String::from).collect();
-    let targets = targets(model, &layers, &modules);
-    let config = PeftConfig { base_model: task.base_model.clone(), targets, modules, ..config };
+    write_tensors(&folder.join(TENSORS), with_bases(tensors, bases)?, &metadata)?;
     config.write(&folder.join(CONFIG), task.name.as_deref())
 }
 
+impl PeftAdapter {
+    /// Saves a model's adapters to a folder in the form of this one, which they come from and may have been
+    /// trained on since: what the configuration says beside is kept, RandLoRA's bases stay out of the file where
+    /// they were, and a tensor that was stored in bf16 or f16 is again, where that type holds its values.
+    ///
+    /// An adapter that was only loaded is saved bit for bit, apart from copies of the bases below the layers.
+    ///
+    /// # Errors
+    /// As [`save_peft`] and [`save_compact`](crate::io::save_compact); [`Error::Config`] where the model's
+    /// adapters have other settings than this one.
+    pub fn save<M: Module + ?Sized>(&self, model: &M, folder: &Path) -> Result<()> {
+        if self.compact {
+            return save_compact(model, folder, self.config.base_model.as_deref());
+        }
+        let Saved { config, bases, tensors } = Saved::of(model)?;
+        let settings = |c: &PeftConfig| (c.method, c.rank, c.scale.to_bits(), c.dropout.to_bits());
+        if self.config.layers.is_empty() && settings(&config) != settings(&self.config) {
+            let message = "the model's has other settings than the folder that it should be saved like: use `save_peft`";
+            return Err(Error::config("adapter", message));
+        }
+        fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
+        let bases = bases.filter(|_| self.config.stored);
+        let tensors = with_bases(tensors, bases)?;
+        let tensors: Vec<(String, Tensor)> = tensors
+            .into_iter()
+            .map(|(key, x)| Ok((key.clone(), self.narrowed(&key, x)?)))
+            .collect::<Result<_>>()?;
+        let metadata: Vec<(&str, String)> =
+            self.file.metadata().iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        write_tensors(&folder.join(TENSORS), tensors, &metadata)?;
+        self.config.rewrite(&folder.join(CONFIG), &config.modules)
+    }
+
+    /// The tensor in the type that it had in the file, if that holds its values.
+    fn narrowed(&self, key: &str, x: Tensor) -> Result<Tensor> {
+        match self.file.entry(key).map(|entry| entry.dtype) {
+            Some(FileType::Float(dtype)) if dtype != x.dtype() => {
+                let narrow = x.to_dtype(dtype)?;
+                let same = narrow.to_dtype(x.dtype())?.to_dtype(DType::F64)?.to_vec::<f64>()?
+                    == x.to_dtype(DType::F64)?.to_vec::<f64>()?;
+                Ok(if same { narrow } else { x })
+            }
+            _ => Ok(x),
+        }
+    }
+}
+
+fn write_tensors(path: &Path, tensors: Vec<(String, Tensor)>, metadata: &[(&str, String)]) -> Result<()> {
+    let metadata: Vec<(&str, &str)> = metadata.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    save_safetensors(path, &tensors, &metadata)
+}
+
+/// RandLoRA's bases as a model has them.
+pub(super) struct SavedBases {
+    pub(super) bases: Arc<Bases>,
+    pub(super) origin: Option<BasesOrigin>,
+    /// The inputs and outputs of the layers that read them.
+    pub(super) sizes: Vec<[usize; 2]>,
+}
+
+/// What of a model goes into a file.
+pub(super) struct Saved {
+    pub(super) config: PeftConfig,
+    pub(super) bases: Option<SavedBases>,
+    /// All tensors but the bases, by their keys.
+    pub(super) tensors: Vec<(String, Tensor)>,
+}
+
+impl Saved {
+    pub(super) fn of<M: Module + ?Sized>(model: &M) -> Result<Saved> {
+        let layers: Vec<(String, &Linear)> =
+            model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some()).collect();
+        let (config, bases) = describe(&layers)?;
+        let (mut tensors, mut own) = (Vec::new(), BTreeSet::new());
+        for (name, layer) in &layers {
+            let Some(adapter) = layer.adapter() else { continue };
+            for ((part, parameter), suffix) in adapter.parameters().into_iter().zip(parts(config.method)) {
+                own.insert(format!("{name}.{}.{part}", config.method));
+                tensors.push((format!("{MODEL}{name}{suffix}"), parameter.value().clone()));
+            }
+        }
+        let parameters: Vec<(String, &Parameter)> =
+            model.parameters().into_iter().filter(|(name, _)| !own.contains(name)).collect();
+        let (biases, alone) = biases(&parameters, &layers)?;
+        let trained =
+            parameters.iter().filter(|(name, p)| p.is_trainable() && !alone.contains(name.as_str()));
+        let modules: BTreeSet<&str> = trained.map(|(name, _)| module_of(name)).collect();
+        // PEFT keeps modules whole: what of them is frozen goes along.
+        for (name, parameter) in &parameters {
+            let module = module_of(name);
+            let adapted = alone.contains(name.as_str()) && layers.iter().any(|(layer, _)| layer == module);
+            match adapted {
+                true => tensors.push((format!("{MODEL}{module}.base_layer.bias"), parameter.value().clone())),
+                false if modules.contains(module) || alone.contains(name.as_str()) => {
+                    tensors.push((format!("{MODEL}{name}"), parameter.value().clone()));
+                }
+                false => {}
+            }
+        }
+        let modules: Vec<String> = modules.into_iter().map(String::from).collect();
+        let targets = targets(model, &layers, &modules);
+        let config = PeftConfig { targets, modules, biases, ..config };
+        let sizes = layers.iter().map(|(_, layer)| [layer.inputs(), layer.outputs()]).collect();
+        let bases = bases.map(|(bases, origin)| SavedBases { bases, origin, sizes });
+        Ok(Saved { config, bases, tensors })
+    }
+}
+
+/// Which biases are trained without their modules, and their names. PEFT knows of all of the model's, or those
+/// of all adapted layers, or none; where it is all of them, those of modules that are trained whole are not
+/// told apart.
+fn biases<'a>(
+    parameters: &'a [(String, &Parameter)],
+    layers: &[(String, &Linear)],
+) -> Result<(Biases, BTreeSet<&'a str>)> {
+    let of_layer = |name: &str| layers.iter().any(|(layer, _)| layer == module_of(name));
+    let biases = || parameters.iter().filter(|(name, _)| name.ends_with(".bias"));
+    let names =
+        |biases: Vec<&'a (String, &Parameter)>| biases.into_iter().map(|(name, _)| name.as_str()).collect();
+    let of_layers: Vec<_> = biases().filter(|(name, _)| of_layer(name)).collect();
+    let trained = of_layers.iter().filter(|(_, p)| p.is_trainable()).count();
+    if trained == 0 {
+        return Ok((Biases::None, BTreeSet::new()));
+    }
+    if trained < of_layers.len() {
+        let message = "some of the adapted layers' are trained and some are not, which PEFT cannot express: train all \
+                       of them, or none";
+        return Err(Error::config("biases", message));
+    }
+    if !biases().all(|(_, p)| p.is_trainable()) {
+        return Ok((Biases::Adapted, names(of_layers)));
+    }
+    // A module all of whose parameters are trained is one that is trained whole.
+    let whole = |module: &str| {
+        let mut others =
+            parameters.iter().filter(|(name, _)| module_of(name) == module && !name.ends_with(".bias"));
+        others.any(|(_, p)| p.is_trainable())
+    };
+    Ok((Biases::All, names(biases().filter(|(name, _)| !whole(module_of(name))).collect())))
+}
+
+type Shared = Option<(Arc<Bases>, Option<BasesOrigin>)>;
+
 /// The settings and the bases that all adapters share.
-fn describe(layers: &[(String, &Linear)]) -> Result<(PeftConfig, Option<Arc<Bases>>)> {
-    let mut common: Option<(PeftConfig, Option<Arc<Bases>>)> = None;
+fn describe(layers: &[(String, &Linear)]) -> Result<(PeftConfig, Shared)> {
+    let mut common: Option<(PeftConfig, Shared)> = None;
     for (name, layer) in layers {
         let Some(adapter) = layer.adapter() else { continue };
         let any: &dyn Any = adapter;
-        let config = |method, rank, scale, dropout| {
-            let (base_model, targets, modules) = (None, vec![], vec![]);
-            PeftConfig { method, rank, scale, dropout, base_model, targets, modules }
-        };
-        let this = if let Some(a) = any.downcast_ref::<RandLoraAdapter>() {
-            (config("randlora", a.bases().rank(), a.scale(), a.dropout()), Some(a.bases().clone()))
+        let (this, bases) = if let Some(a) = any.downcast_ref::<RandLoraAdapter>() {
+            let config = PeftConfig::new("randlora", a.bases().rank(), a.scale(), a.dropout());
+            (config, Some((a.bases().clone(), a.origin())))
         } else if let Some(a) = any.downcast_ref::<LoraAdapter>() {
-            (config("lora", a.rank(), a.scale(), a.dropout()), None)
+            (PeftConfig::new("lora", a.rank(), a.scale(), a.dropout()), None)
         } else {
             let message = format!("`{name}` has one of {}, which has no form in PEFT here", adapter.method());
             return Err(Error::config("adapter", message));
         };
-        let same = common.as_ref().is_none_or(|(config, bases)| {
-            let bases = match (bases, &this.1) {
-                (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-                (a, b) => a.is_none() && b.is_none(),
-            };
-            *config == this.0 && bases
-        });
-        if !same {
+        let Some((config, shared)) = &mut common else {
+            common = Some((this, bases));
+            continue;
+        };
+        let same_bases = match (shared, &bases) {
+            (Some((a, _)), Some((b, _))) => Arc::ptr_eq(a, b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        let own = (this.rank, this.scale);
+        let same_settings = own == (config.rank, config.scale) || config.method == "lora";
+        if !(same_bases && same_settings && config.method == this.method && config.dropout == this.dropout) {
             let message =
                 format!("`{name}` has other settings than the layers before it: PEFT's file holds one set");
             return Err(Error::config("adapter", message));
         }
-        common = Some(this);
+        if own != (config.rank, config.scale) {
+            config.layers.insert(name.clone(), own);
+        }
     }
-    let common = common.ok_or_else(|| Error::config("adapter", "the model has none to save"))?;
-    let dense_of_paper =
-        |bases: &Arc<Bases>| (bases.structure(), bases.pairing()) == (Structure::Dense, Pairing::Paper);
-    if common.1.as_ref().is_some_and(dense_of_paper) {
+    common.ok_or_else(|| Error::config("adapter", "the model has none to save"))
+}
+
+/// The tensors with the bases before them.
+fn with_bases(tensors: Vec<(String, Tensor)>, bases: Option<SavedBases>) -> Result<Vec<(String, Tensor)>> {
+    let Some(SavedBases { bases, sizes, .. }) = bases else { return Ok(tensors) };
+    if (bases.structure(), bases.pairing()) == (Structure::Dense, Pairing::Paper) {
         let message = "PEFT pairs the bases in its own way: attach with `pairing: Pairing::Peft`";
         return Err(Error::config("pairing", message));
     }
-    Ok(common)
+    let [a, b] = stored(&bases, &sizes)?;
+    Ok([(format!("{ROOT}randlora_A"), a), (format!("{ROOT}randlora_B"), b)]
+        .into_iter()
+        .chain(tensors)
+        .collect())
 }
 
 /// A (r, 1, MIN) and B (MAX, ⌈MIN/r⌉, r) at the sizes that PEFT makes them, block bases with their zeros;
-/// what no layer reads is 0.
-fn stored(bases: &Bases, layers: &[(String, &Linear)]) -> Result<[Tensor; 2]> {
-    let largest = |size: fn(&Linear) -> usize| layers.iter().map(|(_, layer)| size(layer)).max().unwrap_or(0);
-    let (inputs, outputs) = (largest(Linear::inputs), largest(Linear::outputs));
+/// what the bases lack no layer reads, and it is 0.
+fn stored(bases: &Bases, sizes: &[[usize; 2]]) -> Result<[Tensor; 2]> {
+    let largest = |side: usize| sizes.iter().map(|sizes| sizes[side]).max().unwrap_or(0);
+    let (inputs, outputs) = (largest(0), largest(1));
     let (small, large, rank) = (inputs.min(outputs), inputs.max(outputs), bases.rank());
-    let smaller = |(_, layer): &(String, &Linear)| layer.inputs().min(layer.outputs());
-    let read = layers.iter().map(smaller).max().unwrap_or(0);
-    let n = read.div_ceil(rank);
-    let same = layers.iter().all(|layer| smaller(layer).div_ceil(rank) == n);
-    if bases.structure() == Structure::Block && !same {
+    let mut counts = sizes.iter().map(|[inputs, outputs]| inputs.min(outputs).div_ceil(rank));
+    let n = counts.next().unwrap_or(0);
+    if bases.structure() == Structure::Block && counts.any(|other| other != n) {
         let message = "PEFT's file has one B, but which row of block bases is whose follows from a layer's smaller \
                        side, and these layers have several: use dense bases";
         return Err(Error::config("bases", message));
     }
+    let fit = |x: &Tensor, dim: usize, size: usize| {
+        let x = x.slice(dim, 0..size.min(x.dims()[dim]))?;
+        pad(&x, dim, size)
+    };
     let bases = bases.dense(n)?;
     let (a, b) = (bases.a().to_dtype(DType::F32)?, bases.b().to_dtype(DType::F32)?);
-    let (a, b) = (a.slice(1, 0..read)?, b.slice(0, 0..large)?.slice(1, 0..n)?);
-    Ok([pad(&a, 1, small)?.unsqueeze(1)?, pad(&b, 1, small.div_ceil(rank))?])
+    let b = fit(&fit(&b, 0, large)?, 1, small.div_ceil(rank))?;
+    Ok([fit(&a, 1, small)?.unsqueeze(1)?, b])
 }
 
 /// Zeros after a dimension until it has this size.

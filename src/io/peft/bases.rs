@@ -1,0 +1,96 @@
+//! RandLoRA's bases out of a file, or drawn again.
+
+use crate::adapters::{BasesOrigin, LayerInfo, TorchBases};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::io::peft::{BASES, PeftAdapter, ROOT};
+use crate::ops::randlora::{Bases, Pairing};
+use crate::tensor::Tensor;
+
+impl PeftAdapter {
+    /// RandLoRA's bases in f32 as the file holds them, once or once for every layer; None where it holds none.
+    ///
+    /// # Errors
+    /// [`Error::Data`] where they are missing, of other shapes, or not the same for all layers.
+    pub fn bases(&self, device: &Device) -> Result<Option<Bases>> {
+        if self.config.method == "lora" || self.compact || !self.config.stored {
+            return Ok(None);
+        }
+        let [a, b] = BASES.map(|name| self.base(name, device));
+        let (a, b) = (a?, b?);
+        let &[rank, 1, small] = a.dims() else {
+            let message = format!("randlora_A is {:?}, not (r, 1, MIN)", a.dims());
+            return Err(self.error(message));
+        };
+        Bases::new(&a.reshape([rank, small])?, &b, Pairing::Peft)
+            .map_err(|error| self.of_file(error))
+            .map(Some)
+    }
+
+    /// The same error, of this file: the bases in it do not fit each other, or a layer.
+    pub(super) fn of_file(&self, error: Error) -> Error {
+        match error {
+            Error::Shape { message, .. } => Error::data(self.file.what(), message),
+            other => other,
+        }
+    }
+
+    fn base(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let keys: Vec<&str> =
+            self.file.entries().map(|(key, _)| key).filter(|key| key.ends_with(name)).collect();
+        let once = format!("{ROOT}{name}");
+        let Some(first) = keys.iter().find(|key| **key == once).or(keys.first()) else {
+            return Err(self.error(format!("`{once}` is missing")));
+        };
+        let values = self.file.tensor(first, device)?.to_dtype(DType::F32)?;
+        for key in &keys {
+            let other = self.file.tensor(key, device)?.to_dtype(DType::F32)?;
+            if other.dims() != values.dims() || other.to_vec::<f32>()? != values.to_vec::<f32>()? {
+                return Err(Error::data(
+                    self.file.what(),
+                    format!("`{key}` and `{first}` differ: all layers share them"),
+                ));
+            }
+        }
+        Ok(values)
+    }
+
+    /// What the bases follow from for these layers: as the file says, or else as PEFT would draw them.
+    pub(super) fn origin_for(&self, layers: &[LayerInfo]) -> Option<BasesOrigin> {
+        let largest = |size: fn(&LayerInfo) -> usize| layers.iter().map(size).max().unwrap_or(0);
+        let (inputs, outputs) = (largest(|layer| layer.inputs), largest(|layer| layer.outputs));
+        self.origin.filter(|_| self.compact || self.config.stored).or(self.config.draw.map(|(key, draw)| {
+            let (small, large) = (inputs.min(outputs), inputs.max(outputs));
+            BasesOrigin::Torch(TorchBases { key, draw, rank: self.config.rank, small, large })
+        }))
+    }
+
+    /// The bases for these layers, out of the file or made again, and what they follow from.
+    pub(super) fn bases_for(
+        &self,
+        layers: &[LayerInfo],
+        device: &Device,
+    ) -> Result<(Bases, Option<BasesOrigin>)> {
+        let origin = self.origin_for(layers);
+        if let Some(bases) = self.bases(device)? {
+            return Ok((bases, origin));
+        }
+        let Some(origin) = origin else { return Err(self.error("nothing says what the bases follow from")) };
+        // Room is made for what the layers need, not for what a file says.
+        let (rank, sides) = match origin {
+            BasesOrigin::Spec(spec) => (spec.rank, [spec.small, spec.large]),
+            BasesOrigin::Torch(spec) => (spec.rank, [spec.small, spec.large]),
+        };
+        let largest = layers.iter().map(LayerInfo::large).max().unwrap_or(0);
+        if rank != self.config.rank || sides.iter().any(|&side| side > largest) {
+            let message = format!(
+                "the bases are of rank {rank} for sides of {sides:?}, the adapter is of rank {} for layers of \
+                 at most {largest}",
+                self.config.rank
+            );
+            return Err(self.error(message));
+        }
+        Ok((origin.generate(device)?, Some(origin)))
+    }
+}

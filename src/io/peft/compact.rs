@@ -1,0 +1,135 @@
+//! RandLoRA without its bases, in one file.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::adapters::{BasesOrigin, TorchBases, TorchDraw};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::io::files::io_error;
+use crate::io::json::Object;
+use crate::io::peft::save::{Saved, SavedBases};
+use crate::io::peft::{Biases, COMPACT, PeftConfig, origin};
+use crate::io::safetensors::{SafeTensors, save_safetensors};
+use crate::nn::Module;
+use crate::ops::dropout::check_rate;
+use crate::ops::randlora::{Bases, Structure};
+use crate::tensor::Tensor;
+
+const FORMAT: &str = "randlora compact 1";
+
+/// Saves a model's RandLoRA adapters without their bases, and what else of it is trained, to
+/// compact.safetensors in a folder, which is made if need be. What they are made of again is in the
+/// documentation of this module's folder, `io/peft`, and in the README.
+///
+/// # Errors
+/// [`Error::Config`] for other adapters, and where the bases are not those of a seed, which is tried here;
+/// [`Error::Io`] where the folder cannot be written.
+pub fn save_compact<M: Module + ?Sized>(model: &M, folder: &Path, base_model: Option<&str>) -> Result<()> {
+    let Saved { config, bases, tensors } = Saved::of(model)?;
+    let Some(bases) = bases else {
+        let message = format!("the compact form leaves out RandLoRA's bases: {} has none", config.method);
+        return Err(Error::config("adapter", message));
+    };
+    let about = json!({
+        "method": config.method,
+        "rank": config.rank,
+        "scale": config.scale.to_string(),
+        "dropout": config.dropout.to_string(),
+        "targets": config.targets,
+        "modules": config.modules,
+        "bias": match config.biases { Biases::None => "none", Biases::Adapted => "adapted", Biases::All => "all" },
+        "base_model": base_model,
+        "bases": origin::to_json(&confirmed(&bases)?)?,
+    });
+    fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
+    let metadata = [("format", FORMAT), ("adapter", &about.to_string())];
+    save_safetensors(&folder.join(COMPACT), &tensors, &metadata)
+}
+
+/// What the bases follow from: made again, they are the same wherever a layer reads them.
+fn confirmed(saved: &SavedBases) -> Result<BasesOrigin> {
+    let other = |origin| match origin {
+        // The type is the machine's affair, and the file does not say.
+        BasesOrigin::Torch(spec @ TorchBases { draw: TorchDraw::Uniform(DType::BF16), .. }) => {
+            Some(BasesOrigin::Torch(TorchBases { draw: TorchDraw::Uniform(DType::F16), ..spec }))
+        }
+        _ => None,
+    };
+    for origin in saved.origin.into_iter().chain(saved.origin.and_then(other)) {
+        if same(saved, &origin)? {
+            return Ok(origin);
+        }
+    }
+    let message = "they follow from no seed that is known here, and the compact form has no room for them: keep the \
+                   adapter in PEFT's form";
+    Err(Error::config("bases", message))
+}
+
+fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
+    let (bases, rank) = (&saved.bases, saved.bases.rank());
+    let mut again = origin.generate(bases.a().device())?;
+    let side =
+        |pick: fn(usize, usize) -> usize| saved.sizes.iter().map(|&[a, b]| pick(a, b)).max().unwrap_or(0);
+    let (small, large) = (side(usize::min), side(usize::max));
+    let read = small.div_ceil(rank);
+    // Block bases that went through PEFT's form have come back with their zeros.
+    let zeros_too = (again.structure(), bases.structure()) == (Structure::Block, Structure::Dense);
+    if zeros_too && saved.sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read) {
+        again = again.dense(read)?;
+    }
+    let kind = |bases: &Bases| (bases.rank(), bases.structure(), bases.pairing());
+    if kind(&again) != kind(bases) || again.a().dims()[1] < small || again.b().dims()[0] < large {
+        return Ok(false);
+    }
+    let dense = bases.structure() == Structure::Dense;
+    if dense && again.b().dims()[1] < read {
+        return Ok(false);
+    }
+    let read_of = |x: &Tensor, cuts: &[(usize, usize)]| {
+        let cut = cuts.iter().try_fold(x.to_dtype(DType::F32)?, |x, &(dim, size)| x.slice(dim, 0..size))?;
+        cut.to_vec::<f32>()
+    };
+    let (a, b) = ([(1, small)], [(0, large), (1, read)]);
+    let b = if dense { &b[..] } else { &b[..1] };
+    Ok(read_of(bases.a(), &a)? == read_of(again.a(), &a)? && read_of(bases.b(), b)? == read_of(again.b(), b)?)
+}
+
+/// What a file says of its adapter.
+pub(super) fn read(file: &SafeTensors) -> Result<(PeftConfig, BasesOrigin)> {
+    let metadata = |name: &str| file.metadata().get(name).map(String::as_str);
+    if metadata("format") != Some(FORMAT) {
+        let found = metadata("format").unwrap_or("unsaid");
+        return Err(Error::data(file.what(), format!("the format is {found}, not `{FORMAT}`")));
+    }
+    let about = Object::parse(file.what().into(), metadata("adapter").unwrap_or("{}"))?;
+    if about.text("method")? != Some("randlora") {
+        return Err(about.error("`method` is not randlora, which alone has a compact form"));
+    }
+    let rank = about.needed("rank", about.size("rank")?)?;
+    if rank == 0 {
+        return Err(about.error("`rank` is 0: the rank is at least 1"));
+    }
+    let (scale, dropout): (f64, f64) = (origin::number(&about, "scale")?, origin::number(&about, "dropout")?);
+    check_rate(dropout).map_err(|error| about.error(format!("`dropout`: {error}")))?;
+    let names = |name| -> Result<Vec<String>> {
+        Ok(about.texts(name)?.unwrap_or_default().into_iter().map(String::from).collect())
+    };
+    let biases = match about.text("bias")? {
+        None | Some("none") => Biases::None,
+        Some("adapted") => Biases::Adapted,
+        Some("all") => Biases::All,
+        Some(other) => return Err(about.error(format!("`bias` is {other}, not none, adapted or all"))),
+    };
+    let config = PeftConfig {
+        base_model: about.text("base_model")?.map(String::from),
+        targets: names("targets")?,
+        modules: names("modules")?,
+        biases,
+        ..PeftConfig::new("randlora", rank, scale, dropout)
+    };
+    let bases = about.needed("bases", about.object("bases")?)?;
+    Ok((config, origin::from_json(&bases)?))
+}
