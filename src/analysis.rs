@@ -1,7 +1,8 @@
 //! What an update is made of: its singular values and its rank.
 
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::linalg;
 use crate::tensor::Tensor;
 
 /// The singular values of a matrix, largest first, computed in f64 by one-sided Jacobi rotations
@@ -16,60 +17,10 @@ use crate::tensor::Tensor;
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`] where `x` is no matrix, [`Error::NonFinite`] where it holds a NaN or infinity.
+/// [`Error::Shape`](crate::Error::Shape) where `x` is no matrix,
+/// [`Error::NonFinite`](crate::Error::NonFinite) where it holds a NaN or infinity.
 pub fn singular_values(x: &Tensor) -> Result<Vec<f64>> {
-    let &[rows, cols] = x.dims() else {
-        return Err(Error::shape("singular_values", format!("{} is no matrix", x.shape())));
-    };
-    let x = x.detach().to_dtype(DType::F64)?;
-    // Vectors along the longer side: there are as many as singular values.
-    let vectors = if rows < cols { x } else { x.t()? }.to_vec::<f64>()?;
-    if vectors.iter().any(|v| !v.is_finite()) {
-        return Err(Error::NonFinite {
-            what: "a matrix whose singular values were asked for".into(),
-            step: 0,
-        });
-    }
-    let (count, len) = (rows.min(cols), rows.max(cols));
-    let mut vectors: Vec<Vec<f64>> = vectors.chunks(len.max(1)).map(<[f64]>::to_vec).collect();
-    vectors.truncate(count);
-    // Rotations converge quadratically; sweeps beyond a few do nothing.
-    for _ in 0..60 {
-        if !sweep(&mut vectors) {
-            break;
-        }
-    }
-    let mut values: Vec<f64> = vectors.iter().map(|v| dot(v, v).sqrt()).collect();
-    values.sort_by(|a, b| b.total_cmp(a));
-    Ok(values)
-}
-
-/// Makes every pair of vectors orthogonal once; whether there was anything to do.
-fn sweep(vectors: &mut [Vec<f64>]) -> bool {
-    let mut turned = false;
-    for j in 1..vectors.len() {
-        let (head, tail) = vectors.split_at_mut(j);
-        let b = &mut tail[0];
-        for a in head {
-            let (aa, bb, ab) = (dot(a, a), dot(b, b), dot(a, b));
-            if ab.abs() <= f64::EPSILON * (aa * bb).sqrt() {
-                continue;
-            }
-            turned = true;
-            let zeta = (bb - aa) / (2.0 * ab);
-            let tan = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
-            let cos = 1.0 / (1.0 + tan * tan).sqrt();
-            let sin = cos * tan;
-            for (a, b) in a.iter_mut().zip(b.iter_mut()) {
-                (*a, *b) = (cos * *a - sin * *b, sin * *a + cos * *b);
-            }
-        }
-    }
-    turned
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    linalg::singular_values(x)
 }
 
 /// The number of singular values above max(rows, columns)·eps·σ₁, with the eps of the type that

@@ -156,8 +156,7 @@
 //!     let loss = layer.forward(&x, &Context::train(0, step))?.mse_loss(&goal)?;
 //!     optimizer.step(&mut layer, &loss.backward()?, 0.01)?;
 //! }
-//! let delta = layer.adapter().map(|a| a.delta()).transpose()?;
-//! assert_eq!(delta.map(|d| analysis::rank(&d)).transpose()?, Some(20)); // full rank
+//! assert_eq!(layer.delta()?.map(|d| analysis::rank(&d)).transpose()?, Some(20)); // full rank
 //! # Ok::<(), randlora::Error>(())
 //! ```
 //!
@@ -209,6 +208,7 @@ mod error;
 mod grad;
 pub mod gradcheck;
 pub mod io;
+mod linalg;
 pub mod metrics;
 pub mod models;
 pub mod nn;

@@ -149,8 +149,8 @@ impl<O: Optimizer> Trainer<O> {
                     None => gradient_norm(model, &gradients, step)?,
                 };
                 self.optimizer.step(model, &gradients, learning_rate)?;
+                model.after_step(step, &gradients)?;
                 drop(gradients);
-                model.after_step(step)?;
                 seen += count(parts);
                 let speed = |start: Instant| seen as f64 / start.elapsed().as_secs_f64().max(1e-9);
                 let examples_per_second = start.map_or(0.0, speed);

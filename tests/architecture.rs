@@ -13,6 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["compute"],
     &["grad"],
     &["ops"],
+    &["linalg"],
     &["nn"],
     &["gradcheck"],
     &["adapters"],

@@ -221,7 +221,7 @@ fn adapted(inputs: usize, outputs: usize, structure: Structure) -> Linear {
 }
 
 fn delta_rank(layer: &Linear) -> usize {
-    analysis::rank(&layer.adapter().unwrap().delta().unwrap()).unwrap()
+    analysis::rank(&layer.delta().unwrap().unwrap()).unwrap()
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn the_update_starts_at_zero_and_has_full_rank_after_two_steps() {
             let gradients = y.mse_loss(&goal).unwrap().backward().unwrap();
             optimizer.step(layer, &gradients, 1e-2).unwrap();
         };
-        let delta = layer.adapter().unwrap().delta().unwrap().to_vec::<f64>().unwrap();
+        let delta = layer.delta().unwrap().unwrap().to_vec::<f64>().unwrap();
         assert!(delta.iter().all(|&d| d == 0.0));
         step(&mut layer);
         assert_eq!(delta_rank(&layer), 4, "{inputs}→{outputs}, {structure:?}, first step");
@@ -305,6 +305,7 @@ fn layers_of_all_sizes_share_one_pair_of_bases() {
         outputs,
         dtype: DType::F32,
         device: Device::cpu(),
+        weight: Tensor::zeros([outputs, inputs], DType::F32, &Device::cpu()).unwrap(),
     };
     let method = RandLora { rank: 4, ..RandLora::default() };
     let bases = method.bases(&[layer("a", 8, 40), layer("b", 30, 10), layer("c", 12, 12)]).unwrap().unwrap();

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use crate::adapters::{Full, Lora, RandLora};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{ItemMut, Linear, LinearAdapter, Module};
+use crate::nn::{Init, ItemMut, Linear, LinearAdapter, Module};
+use crate::tensor::Tensor;
 
 /// A fine-tuning method.
 pub trait Method: fmt::Debug {
@@ -14,8 +14,13 @@ pub trait Method: fmt::Debug {
     fn name(&self) -> &'static str;
 
     /// The adapters for these layers, one each in the same order; they may share what they are
-    /// made of. None where the method trains the model itself.
+    /// made of. None where the method trains parameters of the model itself.
     fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>>;
+
+    /// Whether the model's own parameter of this name is trained.
+    fn trains(&self, _parameter: &str) -> bool {
+        false
+    }
 }
 
 /// A linear layer as a method sees it.
@@ -31,6 +36,8 @@ pub struct LayerInfo {
     pub dtype: DType,
     /// Where the layer lives.
     pub device: Device,
+    /// Its weight (out, in) as it is stored, for methods that start from it.
+    pub weight: Tensor,
 }
 
 impl LayerInfo {
@@ -43,7 +50,26 @@ impl LayerInfo {
             outputs: layer.outputs(),
             dtype,
             device: weight.device().clone(),
+            weight: weight.detach(),
         }
+    }
+
+    /// The first values of the layer's adapter.
+    pub(super) fn init(&self, seed: u64) -> Init {
+        Init::seeded(seed, &self.device).at(&self.name)
+    }
+
+    /// An error unless a matrix of this rank has a singular value of the weight for each direction.
+    pub(super) fn check_rank(&self, rank: usize) -> Result<()> {
+        if rank <= self.small() {
+            return Ok(());
+        }
+        let message = format!(
+            "{rank} is more than the {} singular values of `{}`: ask for fewer",
+            self.small(),
+            self.name
+        );
+        Err(Error::config("rank", message))
     }
 
     /// The smaller side.
@@ -124,7 +150,8 @@ impl fmt::Display for Attached {
 }
 
 /// Freezes the model and attaches a method to the layers that `targets` names; a method without
-/// adapters ([`Full`]) trains all of the model instead. Parts of the model in `also_train` (a new
+/// adapters ([`Full`](crate::adapters::Full), [`BitFit`](crate::adapters::BitFit)) trains parameters of
+/// the model wherever they are instead. Parts of the model in `also_train` (a new
 /// classifier, say; names as in [`Targets::Names`], of modules or parameters) stay trained whole and
 /// get no adapter.
 ///
@@ -151,8 +178,9 @@ pub fn attach<M: Module + ?Sized>(
         return Err(Error::config("adapter", format!("`{name}` has one: merge or detach it first")));
     }
     check_targets(model, targets, &layers)?;
+    let trained = |name: &str| whole(name) || method.trains(name);
     let Some(adapters) = method.adapters(&layers)? else {
-        train(model, |_| true)?;
+        train(model, trained)?;
         return Ok(Attached::of(model));
     };
     if adapters.len() != layers.len() {
@@ -160,7 +188,7 @@ pub fn attach<M: Module + ?Sized>(
             format!("{} made {} adapters for {} layers", method.name(), adapters.len(), layers.len());
         return Err(Error::config("adapters", message));
     }
-    train(model, whole)?;
+    train(model, trained)?;
     let mut adapters = layers.iter().zip(adapters).peekable();
     model.try_visit_mut(&mut |name, item| match item {
         ItemMut::Linear(layer) => match adapters.next_if(|(info, _)| info.name == name) {
@@ -233,42 +261,48 @@ fn check_targets<M: Module + ?Sized>(model: &M, targets: &Targets, layers: &[Lay
     }
 }
 
-/// The settings that methods have in common.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
-    /// r.
-    pub rank: usize,
-    /// What the update is multiplied by; None for the method's default (20 for RandLoRA, 2 for
-    /// LoRA, as in PEFT's and the paper's settings).
-    pub scale: Option<f64>,
-    /// Dropout of the adapter's input.
-    pub dropout: f64,
-    /// What random matrices follow from.
-    pub seed: u64,
+/// One adapter for each layer.
+pub(super) fn each<A: LinearAdapter>(
+    layers: &[LayerInfo],
+    adapter: impl Fn(&LayerInfo) -> Result<A>,
+) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
+    let boxed = |layer| Ok(Box::new(adapter(layer)?) as Box<dyn LinearAdapter>);
+    layers.iter().map(boxed).collect::<Result<_>>().map(Some)
 }
 
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings { rank: 32, scale: None, dropout: 0.0, seed: 0 }
+/// An error for a rank of 0.
+pub(super) fn at_least_rank_1(rank: usize) -> Result<()> {
+    match rank {
+        0 => Err(Error::config("rank", "0 leaves nothing to train: it is at least 1")),
+        _ => Ok(()),
     }
 }
 
-/// A method by its name: `randlora`, `lora` or `full`.
-///
-/// # Errors
-/// [`Error::NoMatch`] for another name.
-pub fn by_name(name: &str, settings: &Settings) -> Result<Box<dyn Method>> {
-    let Settings { rank, scale, dropout, seed } = *settings;
-    match name {
-        "randlora" => {
-            let default = RandLora::default();
-            Ok(Box::new(RandLora { rank, scale: scale.unwrap_or(default.scale), dropout, seed, ..default }))
-        }
-        "lora" => Ok(Box::new(Lora { rank, scale: scale.unwrap_or(Lora::default().scale), dropout, seed })),
-        "full" => Ok(Box::new(Full)),
-        _ => {
-            let available = ["randlora", "lora", "full"].map(String::from).to_vec();
-            Err(Error::NoMatch { wanted: format!("the method `{name}`"), available })
-        }
+/// An error for a scale that is NaN or infinite.
+pub(super) fn finite_scale(scale: f64) -> Result<()> {
+    match scale.is_finite() {
+        true => Ok(()),
+        false => Err(Error::config("scale", format!("{scale} is not finite"))),
+    }
+}
+
+/// A tensor that layers share, in f64 for those that compute in it and in f32 for all others.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    narrow: Tensor,
+    wide: Option<Tensor>,
+}
+
+impl Shared {
+    /// In the types that these layers need.
+    pub(super) fn new(narrow: Tensor, layers: &[LayerInfo]) -> Result<Shared> {
+        let wide = layers.iter().any(|layer| layer.dtype == DType::F64);
+        let wide = wide.then(|| narrow.to_dtype(DType::F64)).transpose()?;
+        Ok(Shared { narrow, wide })
+    }
+
+    /// In this type.
+    pub(super) fn of(&self, dtype: DType) -> &Tensor {
+        self.wide.as_ref().filter(|_| dtype == DType::F64).unwrap_or(&self.narrow)
     }
 }

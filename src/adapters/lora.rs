@@ -1,10 +1,12 @@
 //! LoRA (Hu et al., 2021): ΔW = s·B·A with A (r×in) and B (out×r), both trained.
 //!
 //! A starts uniform in ±1/√in (Kaiming's rule with a = √5, as in PEFT), B at 0, so that ΔW = 0.
+//! The paper and PEFT give s as alpha/r. rsLoRA (Kalajdzievski, 2023) shows that the update keeps its
+//! size as r grows only with s = alpha/√r: [`Lora::stabilised`].
 
-use crate::adapters::attach::{LayerInfo, Method};
-use crate::error::{Error, Result};
-use crate::nn::{Context, Init, LinearAdapter, Parameter};
+use crate::adapters::attach::{LayerInfo, Method, at_least_rank_1, each, finite_scale};
+use crate::error::Result;
+use crate::nn::{Context, LinearAdapter, Parameter};
 use crate::ops::dropout::check_rate;
 use crate::tensor::Tensor;
 
@@ -27,19 +29,29 @@ impl Default for Lora {
     }
 }
 
+impl Lora {
+    /// rsLoRA: s = alpha/√r.
+    ///
+    /// ```
+    /// use randlora::adapters::Lora;
+    ///
+    /// assert_eq!(Lora::stabilised(64, 16.0).scale, 2.0);
+    /// ```
+    pub fn stabilised(rank: usize, alpha: f64) -> Lora {
+        Lora { rank, scale: alpha / (rank as f64).sqrt(), ..Lora::default() }
+    }
+}
+
 impl Method for Lora {
     fn name(&self) -> &'static str {
         "lora"
     }
 
     fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
-        if self.rank == 0 {
-            return Err(Error::config("rank", "LoRA has at least rank 1"));
-        }
+        at_least_rank_1(self.rank)?;
+        finite_scale(self.scale)?;
         check_rate(self.dropout)?;
-        let one =
-            |layer: &LayerInfo| LoraAdapter::new(self, layer).map(|a| Box::new(a) as Box<dyn LinearAdapter>);
-        layers.iter().map(one).collect::<Result<_>>().map(Some)
+        each(layers, |layer| LoraAdapter::new(self, layer))
     }
 }
 
@@ -55,16 +67,9 @@ pub struct LoraAdapter {
 impl LoraAdapter {
     /// The adapter of a layer at its start.
     pub fn new(settings: &Lora, layer: &LayerInfo) -> Result<LoraAdapter> {
-        let init = Init::seeded(settings.seed, &layer.device).at(&layer.name);
-        let bound = 1.0 / (layer.inputs.max(1) as f64).sqrt();
-        let a = init.uniform("lora.a", [settings.rank, layer.inputs], bound)?.to_dtype(layer.dtype)?;
-        let b = Tensor::zeros([layer.outputs, settings.rank], layer.dtype, &layer.device)?;
-        Ok(LoraAdapter {
-            a: Parameter::new(a),
-            b: Parameter::new(b),
-            scale: settings.scale,
-            dropout: settings.dropout,
-        })
+        let [a, b] = start(settings.rank, settings.seed, layer)?;
+        let Lora { scale, dropout, .. } = *settings;
+        Ok(LoraAdapter { a: Parameter::new(a), b: Parameter::new(b), scale, dropout })
     }
 
     /// r.
@@ -83,14 +88,26 @@ impl LoraAdapter {
     }
 }
 
+/// A (r, in) and B (out, r) at the start.
+pub(super) fn start(rank: usize, seed: u64, layer: &LayerInfo) -> Result<[Tensor; 2]> {
+    let bound = 1.0 / (layer.inputs.max(1) as f64).sqrt();
+    let a = layer.init(seed).uniform("lora.a", [rank, layer.inputs], bound)?.to_dtype(layer.dtype)?;
+    Ok([a, Tensor::zeros([layer.outputs, rank], layer.dtype, &layer.device)?])
+}
+
+/// s·x·Aᵀ·Bᵀ, from the right: the product of A and B is not formed.
+pub(super) fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    x.linear(a, None)?.linear(b, None)?.scale(scale)
+}
+
 impl LinearAdapter for LoraAdapter {
     fn method(&self) -> &'static str {
         "lora"
     }
 
     fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
-        let low = ctx.dropout(x, self.dropout)?.linear(&self.a.tensor(ctx), None)?;
-        let update = low.linear(&self.b.tensor(ctx), None)?.scale(self.scale)?;
+        let dropped = ctx.dropout(x, self.dropout)?;
+        let update = low_rank(&dropped, &self.a.tensor(ctx), &self.b.tensor(ctx), self.scale)?;
         x.linear(weight, bias)?.add(&update)
     }
 
@@ -102,7 +119,7 @@ impl LinearAdapter for LoraAdapter {
         vec![("a", &mut self.a), ("b", &mut self.b)]
     }
 
-    fn delta(&self) -> Result<Tensor> {
+    fn delta(&self, _: &Tensor) -> Result<Tensor> {
         self.b.value().matmul(self.a.value())?.scale(self.scale)
     }
 }

@@ -229,7 +229,7 @@ impl LinearAdapter for RandLoraAdapter {
     }
 
     /// The update of the identity's rows: ΔW = (I·(0 + ΔW)ᵀ)ᵀ.
-    fn delta(&self) -> Result<Tensor> {
+    fn delta(&self, _: &Tensor) -> Result<Tensor> {
         let (dtype, device) = (self.lambda.value().dtype(), self.lambda.value().device());
         let mut identity = vec![0.0; self.inputs * self.inputs];
         identity.iter_mut().step_by(self.inputs + 1).for_each(|one| *one = 1.0);

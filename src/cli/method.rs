@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use randlora::adapters::{self, Attached, Distribution, Lora, Method, RandLora};
+use randlora::adapters::{self, Attached, Distribution, Method, RandLora};
 use randlora::models::Bert;
 use randlora::nn::{Linear, Module};
 use randlora::{Pairing, Result, Structure};
@@ -16,6 +16,30 @@ pub(crate) enum MethodName {
     Randlora,
     /// Low-rank updates: two thin matrices for each layer and the classifier are trained.
     Lora,
+    /// LoRA whose scale is alpha/√r instead of alpha/r.
+    Rslora,
+    /// The length and the direction of each row of the weights apart.
+    Dora,
+    /// Two vectors for each layer between random matrices that all layers share.
+    Vera,
+    /// The biases alone, and the classifier.
+    Bitfit,
+    /// LoRA that starts from the largest singular values of the weights.
+    Pissa,
+    /// A small matrix for each layer between the largest singular vectors of its weight.
+    LoraXs,
+    /// LoRA whose matrices are sums of random ones.
+    Nola,
+    /// The singular values of the weights.
+    Svft,
+    /// LoRA whose ranks shrink where they matter least.
+    Adalora,
+    /// LoRA with several second matrices, weighed for each token; cannot be merged.
+    Hydralora,
+    /// Sums of random matrices.
+    Pranc,
+    /// A random subspace of each layer's weight.
+    Intrinsic,
     /// Every number of the model is trained.
     Full,
     /// The classifier alone is trained.
@@ -75,6 +99,18 @@ impl MethodName {
         match self {
             MethodName::Randlora => "randlora",
             MethodName::Lora => "lora",
+            MethodName::Rslora => "rslora",
+            MethodName::Dora => "dora",
+            MethodName::Vera => "vera",
+            MethodName::Bitfit => "bitfit",
+            MethodName::Pissa => "pissa",
+            MethodName::LoraXs => "lora-xs",
+            MethodName::Nola => "nola",
+            MethodName::Svft => "svft",
+            MethodName::Adalora => "adalora",
+            MethodName::Hydralora => "hydralora",
+            MethodName::Pranc => "pranc",
+            MethodName::Intrinsic => "intrinsic",
             MethodName::Full => "full",
             MethodName::Head => "head",
         }
@@ -82,11 +118,13 @@ impl MethodName {
 
     /// The rank where none is asked for; None for a method without one.
     pub(crate) fn default_rank(self) -> Option<usize> {
-        match self {
-            MethodName::Randlora => Some(RandLora::default().rank),
-            MethodName::Lora => Some(Lora::default().rank),
-            MethodName::Full | MethodName::Head => None,
-        }
+        adapters::default_rank(self.name())
+    }
+
+    /// The scale that an alpha means at a rank.
+    pub(crate) fn scale(self, alpha: f64, rank: usize) -> f64 {
+        let rank = rank as f64;
+        alpha / if self == MethodName::Rslora { rank.sqrt() } else { rank }
     }
 }
 
@@ -100,6 +138,9 @@ pub(crate) struct Settings<'a> {
     pub(crate) bases: Option<BasesName>,
     pub(crate) dropout: f64,
     pub(crate) seed: u64,
+    pub(crate) coefficients: Option<usize>,
+    /// The steps of the training.
+    pub(crate) steps: usize,
 }
 
 impl Settings<'_> {
@@ -120,9 +161,6 @@ impl Settings<'_> {
             MethodName::Full => {
                 return adapters::attach(model, &adapters::Full, &adapters::Targets::AllLinear, &[]);
             }
-            MethodName::Lora => {
-                Box::new(Lora { rank, scale: self.scale.unwrap_or(Lora::default().scale), dropout, seed })
-            }
             MethodName::Randlora => {
                 let default = RandLora::default();
                 let scale = self.scale.unwrap_or(default.scale);
@@ -133,6 +171,13 @@ impl Settings<'_> {
                 let (distribution, structure) = self.bases.unwrap_or_default().kind(small);
                 let pairing = Pairing::Peft;
                 Box::new(RandLora { rank, scale, dropout, seed, distribution, structure, pairing, ..default })
+            }
+            other => {
+                let Settings { scale, coefficients, steps, .. } = *self;
+                let rank = self.rank.or(other.default_rank());
+                let settings =
+                    adapters::Settings { rank, scale, dropout, seed, coefficients, steps: Some(steps) };
+                adapters::by_name(other.name(), &settings)?
             }
         };
         adapters::attach(model, &*method, &targets()?, &whole)

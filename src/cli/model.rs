@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use randlora::io::{Access, Checkpoint, PeftAdapter};
+use randlora::io::{Access, Adapter, Checkpoint};
 use randlora::models::{Bert, BertConfig, BertLoad};
 use randlora::nn::{Context, Module, TokenBatch, TokenIds};
 use randlora::{Device, Error, Result, Tensor};
@@ -69,7 +69,7 @@ impl Classifier {
     /// As the parts' own; [`Error::Data`] for a model without a classifier and no adapter that has one.
     pub(crate) fn open(args: &ModelArgs, device: &Device) -> Result<Classifier> {
         let checkpoint = args.checkpoint()?;
-        let adapter = args.adapter.as_deref().map(PeftAdapter::open).transpose()?;
+        let adapter = args.adapter.as_deref().map(Adapter::open).transpose()?;
         let about = about(args, &checkpoint, adapter.as_ref())?;
         let model = adapted(&checkpoint, adapter.as_ref(), device)?;
         let encoder = Encoder::open(&args.model, model.config(), about.max_length)?;
@@ -86,11 +86,7 @@ impl Classifier {
 ///
 /// # Errors
 /// [`Error::Data`] where neither has a classifier, or another one than randlora.json says.
-pub(crate) fn about(
-    args: &ModelArgs,
-    checkpoint: &Checkpoint,
-    adapter: Option<&PeftAdapter>,
-) -> Result<About> {
+pub(crate) fn about(args: &ModelArgs, checkpoint: &Checkpoint, adapter: Option<&Adapter>) -> Result<About> {
     let config = BertConfig::of(checkpoint)?;
     let labels = outputs(adapter, &config)?.unwrap_or(config.labels);
     if labels == 0 {
@@ -110,9 +106,9 @@ pub(crate) fn about(
 }
 
 /// The outputs of the classifier that an adapter has, if it has one.
-fn outputs(adapter: Option<&PeftAdapter>, config: &BertConfig) -> Result<Option<usize>> {
+fn outputs(adapter: Option<&Adapter>, config: &BertConfig) -> Result<Option<usize>> {
     let Some(adapter) = adapter else { return Ok(None) };
-    match adapter.whole().find(|(name, _)| *name == "classifier.weight") {
+    match adapter.whole().into_iter().find(|(name, _)| *name == "classifier.weight") {
         None => Ok(None),
         Some((_, &[outputs, width])) if outputs > 0 && width == config.width => Ok(Some(outputs)),
         Some((name, sizes)) => {
@@ -126,12 +122,8 @@ fn outputs(adapter: Option<&PeftAdapter>, config: &BertConfig) -> Result<Option<
 ///
 /// # Errors
 /// [`Error::Data`] for a part of the model that neither its folder nor the adapter has, and as
-/// [`Bert::load`] and [`PeftAdapter::attach`].
-pub(crate) fn adapted(
-    checkpoint: &Checkpoint,
-    adapter: Option<&PeftAdapter>,
-    device: &Device,
-) -> Result<Bert> {
+/// [`Bert::load`] and [`Adapter::attach`].
+pub(crate) fn adapted(checkpoint: &Checkpoint, adapter: Option<&Adapter>, device: &Device) -> Result<Bert> {
     let labels = outputs(adapter, &BertConfig::of(checkpoint)?)?;
     let (mut model, loaded) = Bert::load(checkpoint, BertLoad { labels, seed: 0 }, device)?;
     let mut given = BTreeSet::new();

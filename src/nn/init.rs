@@ -82,6 +82,11 @@ impl Init {
         }
     }
 
+    /// A key for other random numbers that belong to this name alone.
+    pub(crate) fn key(&self, name: &str) -> u64 {
+        random::mix(self.seed.unwrap_or(0), stream(&join(&self.path, name)))
+    }
+
     fn random(&self, name: &str, shape: impl IntoShape, value: impl Fn(u32) -> f64 + Sync) -> Result<Tensor> {
         let Some(seed) = self.seed else { return self.blank_tensor(shape) };
         let shape = shape.into_shape()?;

@@ -1,12 +1,17 @@
 //! Linear layers, and the hook by which adapters change them.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::grad::Gradients;
 use crate::nn::{Context, Init, Item, ItemMut, Module, Parameter, join};
 use crate::tensor::Tensor;
+
+/// Settings by their names, as texts.
+pub type Recipe = BTreeMap<&'static str, String>;
 
 /// What changes a frozen linear layer. It gives the whole layer's output, so that it can fuse its
 /// update with the frozen product. An adapter is `Clone`: a copy's parameters are its own.
@@ -23,17 +28,32 @@ pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
     /// The same parameters, to be changed.
     fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Parameter)>;
 
-    /// The change of the weight as a dense matrix (out, in): for merging and analysis, never in
-    /// training.
-    fn delta(&self) -> Result<Tensor>;
+    /// The change of this weight of the layer as a dense matrix (out, in), in the adapter's type: for
+    /// merging and analysis, never in training.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where there is no such matrix, because the change depends on the input.
+    fn delta(&self, weight: &Tensor) -> Result<Tensor>;
+
+    /// The settings that it was made with, by their names as texts, so that a file can keep them: with
+    /// them and its parameters it can be made again on the same layer. None where it cannot.
+    fn recipe(&self) -> Option<Recipe> {
+        None
+    }
 
     /// What the adapter adds to the loss, a single number.
     fn regulariser(&self, _ctx: &Context) -> Result<Option<Tensor>> {
         Ok(None)
     }
 
-    /// Called when the optimiser has made step `step` (0 is the first).
-    fn after_step(&mut self, _step: usize) -> Result<()> {
+    /// Called when the optimiser has made step `step` (0 is the first) with these gradients.
+    fn after_step(&mut self, _step: usize, _gradients: &Gradients) -> Result<()> {
+        Ok(())
+    }
+
+    /// Called when [`after_step`](LinearAdapter::after_step) has been for every adapter of the model:
+    /// for what adapters decide together.
+    fn settle(&mut self, _step: usize) -> Result<()> {
         Ok(())
     }
 }
@@ -151,18 +171,27 @@ impl Linear {
         self.adapter.take()
     }
 
+    /// The change of the weight that the adapter makes, as a dense matrix (out, in); None without one.
+    ///
+    /// # Errors
+    /// Those of [`LinearAdapter::delta`].
+    pub fn delta(&self) -> Result<Option<Tensor>> {
+        self.adapter().map(|adapter| adapter.delta(self.weight.value())).transpose()
+    }
+
     /// Adds the adapter's change to the weight and takes the adapter off: the layer gives the same
     /// output (up to rounding) and the adapter costs nothing any more. The weight keeps its type, or takes this
     /// one; it is rounded once.
     ///
     /// # Errors
-    /// [`Error::Data`] where the change or the sum is not finite; the layer is unchanged then.
+    /// [`Error::Data`] where the change or the sum is not finite, and those of [`LinearAdapter::delta`]; the
+    /// layer is unchanged then.
     pub fn merge(&mut self, dtype: Option<DType>) -> Result<Option<Merged>> {
         let Some(adapter) = &self.adapter else { return Ok(None) };
         let weight = self.weight.value();
         let dtype = dtype.unwrap_or(weight.dtype());
         let wide = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let delta = adapter.delta()?.detach().to_dtype(wide)?;
+        let delta = adapter.delta(weight)?.detach().to_dtype(wide)?;
         let sum = weight.to_dtype(wide)?.add(&delta)?;
         let rounded = sum.to_dtype(dtype)?;
         let lost = norm(&rounded.to_dtype(wide)?.sub(&sum)?)?;
@@ -279,7 +308,7 @@ mod tests {
             vec![("s", &mut self.s)]
         }
 
-        fn delta(&self) -> Result<Tensor> {
+        fn delta(&self, _: &Tensor) -> Result<Tensor> {
             self.s.value().broadcast_to(self.shape)
         }
 
@@ -287,8 +316,13 @@ mod tests {
             self.s.tensor(ctx).powf(2.0).map(Some)
         }
 
-        fn after_step(&mut self, step: usize) -> Result<()> {
-            self.steps = step + 1;
+        fn after_step(&mut self, step: usize, _: &Gradients) -> Result<()> {
+            self.steps += step + 1;
+            Ok(())
+        }
+
+        fn settle(&mut self, step: usize) -> Result<()> {
+            self.steps += 100 * step;
             Ok(())
         }
     }
@@ -391,13 +425,13 @@ mod tests {
         layers[0].attach(shift(2.0)).unwrap();
         layers[2].attach(shift(3.0)).unwrap();
         assert_eq!(layers.regulariser(&Context::eval()).unwrap().unwrap().item().unwrap(), 13.0);
-        layers.after_step(6).unwrap();
+        layers.after_step(6, &Gradients::default()).unwrap();
         assert!(
             layers
                 .linears()
                 .iter()
                 .filter_map(|(_, l)| l.adapter())
-                .all(|a| format!("{a:?}").contains("steps: 7"))
+                .all(|a| format!("{a:?}").contains("steps: 607"))
         );
     }
 

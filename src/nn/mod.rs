@@ -22,7 +22,7 @@ pub use checkpoint::checkpoint;
 pub use context::Context;
 pub use embedding::Embedding;
 pub use init::Init;
-pub use linear::{CloneAdapter, Linear, LinearAdapter, Merged};
+pub use linear::{CloneAdapter, Linear, LinearAdapter, Merged, Recipe};
 pub use module::{Item, ItemMut, Module, join};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameter::Parameter;

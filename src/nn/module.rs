@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Context, Linear, Parameter};
+use crate::grad::Gradients;
+use crate::nn::{Context, Linear, LinearAdapter, Parameter};
 use crate::tensor::Tensor;
 
 /// What a visit of a module comes to.
@@ -154,12 +155,16 @@ pub trait Module {
         Ok(sum)
     }
 
-    /// Tells the adapters that the optimiser has made step `step`.
-    fn after_step(&mut self, step: usize) -> Result<()> {
-        self.try_visit_mut(&mut |_, item| match item {
-            ItemMut::Linear(linear) => linear.adapter_mut().map_or(Ok(()), |a| a.after_step(step)),
-            ItemMut::Parameter(_) => Ok(()),
-        })
+    /// Tells the adapters that the optimiser has made step `step` with these gradients.
+    fn after_step(&mut self, step: usize, gradients: &Gradients) -> Result<()> {
+        let mut each = |f: &dyn Fn(&mut dyn LinearAdapter) -> Result<()>| {
+            self.try_visit_mut(&mut |_, item| match item {
+                ItemMut::Linear(linear) => linear.adapter_mut().map_or(Ok(()), f),
+                ItemMut::Parameter(_) => Ok(()),
+            })
+        };
+        each(&|adapter| adapter.after_step(step, gradients))?;
+        each(&|adapter| adapter.settle(step))
     }
 }
 

@@ -12,6 +12,7 @@ pub(crate) mod cases;
 pub(crate) mod cast;
 pub(crate) mod concat;
 pub(crate) mod dropout;
+pub(crate) mod fastfood;
 pub(crate) mod index;
 pub(crate) mod linear;
 pub(crate) mod loss;
@@ -19,6 +20,7 @@ pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod pointwise;
 pub(crate) mod randlora;
+pub(crate) mod random_sum;
 pub(crate) mod reduce;
 pub(crate) mod softmax;
 pub(crate) mod view;
@@ -34,10 +36,12 @@ pub(crate) fn cases() -> Vec<cases::Case> {
         cast::cases(),
         concat::cases(),
         dropout::cases(),
+        fastfood::cases(),
         index::cases(),
         linear::cases(),
         matmul::cases(),
         randlora::cases(),
+        random_sum::cases(),
         loss::cases(),
         norm::cases(),
         reduce::cases(),

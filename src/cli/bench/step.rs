@@ -73,7 +73,18 @@ fn measure(args: &Args) -> Result<Value, Failure> {
     let [rows, length, steps] = [args.batch_size, args.length, args.steps].map(|n| n as usize);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let Args { targets, bases, .. } = args;
-    let settings = Settings { method, targets, rank, scale: None, bases: *bases, dropout: 0.0, seed: 0 };
+    let settings = Settings {
+        method,
+        targets,
+        rank,
+        scale: None,
+        bases: *bases,
+        dropout: 0.0,
+        seed: 0,
+        coefficients: None,
+        // How many there will be changes nothing of the first.
+        steps: 1000,
+    };
     let mut model = made_up::model(&args.model, Access::Map, None, &settings, &device)?;
     made_up::check_length(&args.model, length, model.config())?;
 

@@ -22,6 +22,7 @@ pub(super) enum Task {
 }
 
 /// A way to adapt the base, and the learning rates to choose from.
+#[derive(Clone, Copy)]
 pub(super) struct Method {
     pub(super) name: &'static str,
     rank: usize,
@@ -29,13 +30,31 @@ pub(super) struct Method {
     pub(super) learning_rates: &'static [f64],
 }
 
-/// r = 8 for RandLoRA and r = 3 for LoRA train exactly as many numbers in these layers. Each grid
-/// reaches beyond the best value on both sides.
-pub(super) const METHODS: [Method; 4] = [
+/// What is shown where nothing else is asked for.
+pub(super) const DEFAULT: [&str; 4] = ["probe", "lora", "randlora", "full"];
+
+const FEW: &[f64] = &[3e-3, 1e-2, 3e-2, 1e-1];
+const THIN: &[f64] = &[1e-3, 3e-3, 1e-2, 3e-2];
+
+/// r = 8 for RandLoRA and r = 3 for LoRA train exactly as many numbers in these layers. Each grid of the
+/// four that are shown by default reaches beyond the best value on both sides.
+pub(super) const METHODS: [Method; 16] = [
     Method { name: "probe", rank: 0, scale: None, learning_rates: &[1.0, 3.0, 10.0] },
     Method { name: "lora", rank: 3, scale: Some(2.0), learning_rates: &[3e-3, 1e-2, 3e-2] },
     Method { name: "randlora", rank: 8, scale: None, learning_rates: &[1e-3, 3e-3, 1e-2] },
     Method { name: "full", rank: 0, scale: None, learning_rates: &[3e-3, 1e-2, 3e-2] },
+    Method { name: "rslora", rank: 3, scale: None, learning_rates: THIN },
+    Method { name: "dora", rank: 3, scale: Some(2.0), learning_rates: THIN },
+    Method { name: "pissa", rank: 3, scale: Some(1.0), learning_rates: THIN },
+    Method { name: "adalora", rank: 3, scale: Some(2.0), learning_rates: THIN },
+    Method { name: "hydralora", rank: 2, scale: Some(2.0), learning_rates: THIN },
+    Method { name: "vera", rank: 64, scale: None, learning_rates: FEW },
+    Method { name: "lora-xs", rank: 16, scale: None, learning_rates: FEW },
+    Method { name: "svft", rank: 0, scale: None, learning_rates: FEW },
+    Method { name: "bitfit", rank: 0, scale: None, learning_rates: FEW },
+    Method { name: "nola", rank: 4, scale: None, learning_rates: FEW },
+    Method { name: "pranc", rank: 0, scale: None, learning_rates: FEW },
+    Method { name: "intrinsic", rank: 0, scale: None, learning_rates: FEW },
 ];
 
 /// The seeds that each method is judged over.
@@ -203,7 +222,13 @@ impl Experiment {
             });
             return Ok(model);
         }
-        let settings = Settings { rank: method.rank, scale: method.scale, seed, ..Settings::default() };
+        let settings = Settings {
+            rank: Some(method.rank).filter(|&rank| rank > 0),
+            scale: method.scale,
+            seed,
+            steps: Some(self.steps() as usize),
+            ..Settings::default()
+        };
         let adapter = adapters::by_name(method.name, &settings)?;
         let targets = Targets::names(&[
             "query",
@@ -252,8 +277,10 @@ impl Experiment {
         let base = self.load(base)?;
         let mut ranks = vec![];
         for ((name, before), (_, after)) in base.linears().into_iter().zip(model.linears()) {
-            let delta = match after.adapter() {
-                Some(adapter) => adapter.delta()?,
+            // HydraLoRA's update depends on the input and has no rank.
+            let Ok(delta) = after.delta() else { return Ok(None) };
+            let delta = match delta {
+                Some(delta) => delta,
                 None => after.weight().value().sub(before.weight().value())?,
             };
             if name.contains("encoder") {

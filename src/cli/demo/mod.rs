@@ -26,16 +26,22 @@ use serde_json::{Value, json};
 use super::Failure;
 use super::output::{peak_memory, say};
 use super::progress::Progress;
-use experiment::{Experiment, METHODS, Method, SEEDS, numbers};
+use experiment::{DEFAULT, Experiment, METHODS, Method, SEEDS, numbers};
 
 /// Adapt a small vision transformer to a shifted task by a probe, LoRA, RandLoRA and full
 /// fine-tuning: a table, pictures of the curves, all numbers as JSON.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  randlora demo\n  randlora demo --out results")]
+#[command(
+    after_help = "Examples:\n  randlora demo\n  randlora demo --out results\n  randlora demo --methods lora,dora,vera,randlora"
+)]
 pub(crate) struct Args {
     /// The folder to write curves and numbers to; files in it are overwritten.
     #[arg(long, value_name = "DIR", default_value = "demo-out")]
     out: PathBuf,
+    /// The methods to show, with commas between: those of `finetune`, where `probe` trains the classifier
+    /// alone. More of them take longer.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_values = DEFAULT)]
+    methods: Vec<String>,
 }
 
 /// Which method a process is for.
@@ -46,11 +52,12 @@ pub(crate) struct MethodArgs {
 
 /// Runs the whole demo.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let methods = args.methods.iter().map(|name| known(name)).collect::<Result<Vec<Method>, Failure>>()?;
     // Before any work: a folder that cannot be written to is better known now.
     std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
     let start = Instant::now();
     let experiment = Experiment::new();
-    let runs: usize = METHODS.iter().map(|m| m.learning_rates.len() + SEEDS.len()).sum();
+    let runs: usize = methods.iter().map(|m| m.learning_rates.len() + SEEDS.len()).sum();
     let progress = Progress::new(experiment.base_steps() + runs as u64 * experiment.steps());
 
     progress.stage("training the base from scratch on upright digits");
@@ -58,7 +65,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (model, base, new_task) =
         one_thread.install(|| experiment.base(&mut |steps| progress.advance(steps)))?;
     let parameters = numbers(&model)?;
-    let methods = all_methods(&parameters, &progress)?;
+    let methods = all_methods(&methods, &parameters, &progress)?;
     progress.finish();
 
     let results = json!({
@@ -82,12 +89,19 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The method of a name.
+fn known(name: &str) -> Result<Method, Failure> {
+    let names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
+    let found = METHODS.into_iter().find(|method| method.name == name);
+    found.ok_or_else(|| format!("the demo has no method `{name}`; there are: {}", names.join(", ")).into())
+}
+
 /// Runs the methods beside each other, as many at a time as there are cores. A model this small
 /// leaves a second thread little to do, so each process has one.
-fn all_methods(base: &[f32], progress: &Progress) -> Result<Vec<Value>, Failure> {
+fn all_methods(methods: &[Method], base: &[f32], progress: &Progress) -> Result<Vec<Value>, Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let waiting = Mutex::new(METHODS.iter().enumerate());
-    let outcomes = Mutex::new(vec![None; METHODS.len()]);
+    let waiting = Mutex::new(methods.iter().enumerate());
+    let outcomes = Mutex::new(vec![None; methods.len()]);
     let work = || -> Result<(), String> {
         loop {
             let next = waiting.lock().map_err(|e| e.to_string())?.next();
@@ -98,7 +112,7 @@ fn all_methods(base: &[f32], progress: &Progress) -> Result<Vec<Value>, Failure>
         }
     };
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..cores.min(METHODS.len())).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..cores.min(methods.len())).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| "a worker failed".to_string())?)
     })?;
     let outcomes = outcomes.into_inner().map_err(|e| e.to_string())?;
@@ -136,14 +150,14 @@ fn in_own_process(method: &Method, base: &[f32], progress: &Progress) -> Result<
 
 /// One method, in the process made for it: steps and the outcome as lines of JSON.
 pub(crate) fn run_method(args: &MethodArgs) -> Result<(), Failure> {
-    let method = METHODS.iter().find(|m| m.name == args.name).ok_or("the demo has no such method")?;
+    let method = known(&args.name)?;
     let mut bytes = vec![];
     std::io::stdin().read_to_end(&mut bytes)?;
     let base: Vec<f32> =
         bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let experiment = Experiment::new();
     let mut waiting = 0;
-    let outcome = experiment.adapt(&base, method, &mut |steps| {
+    let outcome = experiment.adapt(&base, &method, &mut |steps| {
         waiting += steps;
         if waiting >= 20 {
             // What cannot be said now cannot be said at the end either, and is an error there.

@@ -21,8 +21,8 @@ use crate::cli::task::Kind;
   randlora finetune --model all-MiniLM-L6-v2 --train train.jsonl --method lora --rank 8 --targets all-linear --out lora
   randlora finetune --model all-MiniLM-L6-v2 --train more.tsv --adapter sst2/best --lr 1e-4 --out sst2-more
 
-What is written to OUT: best and last (adapters as PEFT reads them, with randlora.json; whole models for
---method full and head), metrics.jsonl, curves.svg.")]
+What is written to OUT: best and last (adapters with randlora.json, of RandLoRA and LoRA as PEFT reads
+them; whole models for --method full, bitfit and head), metrics.jsonl, curves.svg.")]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -61,10 +61,10 @@ pub(crate) struct Args {
         conflicts_with = "adapter"
     )]
     targets: String,
-    /// r [default: 32 for RandLoRA, where fewer train more; 8 for LoRA].
+    /// r [default: 32 for RandLoRA, where fewer train more; 8 for LoRA and its like, 25 for LoRA-XS, 256 for VeRA].
     #[arg(long, value_name = "R", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     rank: Option<usize>,
-    /// The update is multiplied by alpha/r [default: 20·r for RandLoRA, 2·r for LoRA].
+    /// The update is multiplied by alpha/r; for rsLoRA by alpha/√r [default: 20·r for RandLoRA, 2·r for LoRA].
     #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"], value_parser = finite)]
     alpha: Option<f64>,
     /// The update is multiplied by this.
@@ -77,7 +77,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Adapter", conflicts_with = "adapter", value_parser = share)]
     dropout: f64,
 
-    /// The highest learning rate [default: 3e-4 for RandLoRA, 1e-3 for LoRA, 1e-4 for full, 1e-2 for head].
+    /// The numbers that a layer trains by --method nola (twice as many), pranc and intrinsic [default: 64, 64, 256].
+    #[arg(long, value_name = "K", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
+    coefficients: Option<usize>,
+
+    /// The highest learning rate [default: 3e-4 for RandLoRA, 1e-3 for LoRA and its like, 1e-4 for full, 1e-2
+    /// for head and for methods with few numbers].
     #[arg(long, value_name = "RATE", help_heading = "Training", value_parser = from_zero)]
     lr: Option<f64>,
     /// How many times every example is seen.
@@ -117,20 +122,26 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// The method with its settings.
-    pub(crate) fn settings(&self) -> Settings<'_> {
+    /// The steps of a training with so many examples.
+    pub(crate) fn steps(&self, examples: usize) -> usize {
+        examples.div_ceil(self.batch_size).div_ceil(self.accumulate) * self.epochs
+    }
+
+    /// The method with its settings, for a training with so many examples.
+    pub(crate) fn settings(&self, examples: usize) -> Settings<'_> {
         let rank = self.rank.or(self.method.default_rank());
-        let scale = self.scale.or(self.alpha.zip(rank).map(|(alpha, rank)| alpha / rank as f64));
-        let Args { method, bases, dropout, seed, .. } = *self;
-        Settings { method, targets: &self.targets, rank, scale, bases, dropout, seed }
+        let scale = self.scale.or(self.alpha.zip(rank).map(|(alpha, rank)| self.method.scale(alpha, rank)));
+        let Args { method, bases, dropout, seed, coefficients, .. } = *self;
+        let (targets, steps) = (&*self.targets, self.steps(examples));
+        Settings { method, targets, rank, scale, bases, dropout, seed, coefficients, steps }
     }
 
     /// The highest learning rate for the method of this name.
     pub(crate) fn learning_rate(&self, method: &str) -> f64 {
         self.lr.unwrap_or(match method {
-            "lora" => 1e-3,
+            "lora" | "dora" | "adalora" | "hydralora" | "bitfit" | "lora-xs" => 1e-3,
             "full" => 1e-4,
-            "head" => 1e-2,
+            "head" | "vera" | "nola" | "svft" | "pranc" | "intrinsic" => 1e-2,
             _ => 3e-4,
         })
     }

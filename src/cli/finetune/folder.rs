@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use randlora::io::{Checkpoint, PeftTask, save_peft};
+use randlora::io::{Checkpoint, PeftTask, save_adapter};
 use randlora::models::{Bert, Head};
 use randlora::nn::{ItemMut, Module};
 use randlora::train::Progress;
@@ -81,7 +81,7 @@ impl<'a> Folder<'a> {
     fn write(&self, model: &Bert, folder: &Path) -> Result<()> {
         if model.linears().iter().any(|(_, layer)| layer.adapter().is_some()) {
             let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some(self.base.clone()) };
-            save_peft(model, folder, &task)?;
+            save_adapter(model, folder, &task)?;
         } else {
             let labels = self.about.task.labels().map_or(vec![], |labels| labels.names().to_vec());
             let head = Head { labels, problem: Some(self.about.task.problem().into()) };

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use randlora::adapters::Attached;
 use randlora::data::Batches;
-use randlora::io::{Checkpoint, PeftAdapter};
+use randlora::io::{Adapter, Checkpoint};
 use randlora::models::{Bert, BertConfig, BertLoad};
 use randlora::nn::{Module, TokenIds};
 use randlora::optim::{AdamW, Schedule};
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 fn finetune(args: &Args) -> std::result::Result<(), Failure> {
     let checkpoint = args.model.checkpoint()?;
     let config = BertConfig::of(&checkpoint)?;
-    let adapter = args.model.adapter.as_deref().map(PeftAdapter::open).transpose()?;
+    let adapter = args.model.adapter.as_deref().map(Adapter::open).transpose()?;
     let columns = args.columns.columns();
     let train = table::read(&args.train, &columns, Labels::Needed)?;
     let test = args.eval.as_deref().map(|path| table::read(path, &columns, Labels::Needed)).transpose()?;
@@ -67,7 +67,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
         None => {
             let wanted = BertLoad { labels, seed: args.seed };
             let (mut model, loaded) = Bert::load(&checkpoint, wanted, &device)?;
-            args.settings().attach(&mut model, &loaded.fresh)?;
+            args.settings(train.texts.len()).attach(&mut model, &loaded.fresh)?;
             model
         }
     };
@@ -82,7 +82,7 @@ fn about(
     args: &Args,
     checkpoint: &Checkpoint,
     config: &BertConfig,
-    adapter: Option<&PeftAdapter>,
+    adapter: Option<&Adapter>,
     train: &[Example],
 ) -> Result<(About, Option<usize>)> {
     let longest = |wanted: usize| match wanted > config.positions {
@@ -143,7 +143,7 @@ impl Run<'_> {
             true => batches.grouped(self.train.texts.iter().map(|text| text.ids.len()).collect())?,
             false => batches,
         };
-        let total = batches.len().div_ceil(args.accumulate.max(1)) * args.epochs;
+        let total = args.steps(self.train.texts.len());
         let mut trainer = Trainer {
             schedule: Schedule { warmup: args.warmup.steps(total), decay: args.schedule.decay() },
             accumulate: args.accumulate,

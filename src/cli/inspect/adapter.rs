@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use randlora::io::{Access, Checkpoint, PeftAdapter};
+use randlora::io::{Access, Adapter, Checkpoint, OwnAdapter, PeftAdapter};
 use randlora::nn::{Linear, LinearAdapter, Module};
 use randlora::{DType, Device, Tensor};
 use serde_json::{Value, json};
@@ -13,38 +13,73 @@ use crate::cli::{Failure, output};
 
 /// An adapter, and with its model how large its updates are.
 pub(super) fn describe(folder: &Path, model: Option<&Path>) -> Result<Value, Failure> {
-    let (adapter, device) = (PeftAdapter::open(folder)?, Device::cpu());
-    let layers = match model {
-        Some(model) => layers_of_model(&adapter, model, &device)?,
-        None => layers_of_file(&adapter, &device)?,
+    let (adapter, device) = (Adapter::open(folder)?, Device::cpu());
+    let layers = match (model, &adapter) {
+        (Some(model), _) => layers_of_model(&adapter, model, &device)?,
+        (None, Adapter::Peft(adapter)) => layers_of_file(adapter, &device)?,
+        (None, Adapter::Own(adapter)) => layers_of_own(adapter, &device)?,
     };
     let whole: Vec<Value> = adapter
         .whole()
+        .into_iter()
         .map(|(name, sizes)| {
             json!({ "name": name, "shape": sizes, "parameters": sizes.iter().product::<usize>() })
         })
         .collect();
     let sum = |parts: &[Value]| parts.iter().map(|part| number(part, "parameters")).sum::<u64>();
     let (in_layers, in_whole) = (sum(&layers), sum(&whole));
-    let bases = adapter.bases(&device)?.map(|bases| {
+    let mut value = match &adapter {
+        Adapter::Peft(adapter) => about_peft(adapter, &device)?,
+        Adapter::Own(adapter) => about_own(adapter)?,
+    };
+    value["kind"] = json!("adapter");
+    value["trained_parameters"] = json!(in_layers + in_whole);
+    value["adapter_parameters"] = json!(in_layers);
+    value["whole_parameters"] = json!(in_whole);
+    value["layers"] = json!(layers);
+    value["whole"] = json!(whole);
+    Ok(value)
+}
+
+fn about_peft(adapter: &PeftAdapter, device: &Device) -> Result<Value, Failure> {
+    let config = adapter.config();
+    let bases = adapter.bases(device)?.map(|bases| {
         let (a, b) = (bases.a(), bases.b());
         json!({ "a": a.dims(), "b": b.dims(), "bytes": bytes(a) + bytes(b) })
     });
-    let config = adapter.config();
     Ok(json!({
-        "kind": "adapter",
         "method": config.method,
         "rank": config.rank,
         "scale": config.scale,
         "dropout": config.dropout,
         "base_model": config.base_model,
-        "trained_parameters": in_layers + in_whole,
-        "adapter_parameters": in_layers,
-        "whole_parameters": in_whole,
-        "layers": layers,
-        "whole": whole,
         "bases": bases,
     }))
+}
+
+/// Its settings by their names; numbers where they are some.
+fn about_own(adapter: &OwnAdapter) -> Result<Value, Failure> {
+    let mut value = json!({ "method": adapter.method(), "base_model": adapter.base_model(), "bases": null });
+    for (name, text) in adapter.settings()? {
+        value[name] = serde_json::from_str(text).unwrap_or_else(|_| json!(text));
+    }
+    Ok(value)
+}
+
+fn layers_of_own(adapter: &OwnAdapter, device: &Device) -> Result<Vec<Value>, Failure> {
+    let mut layers = Vec::new();
+    for name in adapter.layers() {
+        let path = format!("{name}.{}.", adapter.method());
+        let own: Vec<(&str, &[usize])> =
+            adapter.adapted().filter(|(parameter, _)| parameter.starts_with(&path)).collect();
+        let parameters = own.iter().map(|(_, sizes)| sizes.iter().product::<usize>()).sum::<usize>();
+        let mut layer = json!({ "name": name, "parameters": parameters });
+        for (parameter, _) in own {
+            layer[&parameter[path.len()..]] = json!(norm(&adapter.tensor(parameter, device)?)?);
+        }
+        layers.push(layer);
+    }
+    Ok(layers)
 }
 
 fn layers_of_file(adapter: &PeftAdapter, device: &Device) -> Result<Vec<Value>, Failure> {
@@ -68,7 +103,7 @@ fn natural(name: &str) -> Vec<(usize, &str)> {
     name.split('.').map(|part| (part.parse().unwrap_or(usize::MAX), part)).collect()
 }
 
-fn layers_of_model(adapter: &PeftAdapter, folder: &Path, device: &Device) -> Result<Vec<Value>, Failure> {
+fn layers_of_model(adapter: &Adapter, folder: &Path, device: &Device) -> Result<Vec<Value>, Failure> {
     let checkpoint = Checkpoint::open(folder, Access::Map)?;
     let model = adapted(&checkpoint, Some(adapter), device)?;
     let mut layers = Vec::new();
@@ -82,14 +117,16 @@ fn layers_of_model(adapter: &PeftAdapter, folder: &Path, device: &Device) -> Res
 
 fn layer_of_model(name: &str, layer: &Linear, adapter: &dyn LinearAdapter) -> Result<Value, Failure> {
     let parameters: usize = adapter.parameters().iter().map(|(_, parameter)| parameter.value().numel()).sum();
-    let (delta, weight) = (norm(&adapter.delta()?)?, norm(layer.weight().value())?);
+    let weight = norm(layer.weight().value())?;
+    // HydraLoRA's update depends on the input: it has no size.
+    let delta = adapter.delta(layer.weight().value()).ok().map(|delta| norm(&delta)).transpose()?;
     let mut value = json!({
         "name": name,
         "inputs": layer.inputs(),
         "outputs": layer.outputs(),
         "parameters": parameters,
         "delta": delta,
-        "relative": delta / weight,
+        "relative": delta.map(|delta| delta / weight),
     });
     for (part, parameter) in adapter.parameters() {
         value[part] = json!(norm(parameter.value())?);
@@ -109,13 +146,11 @@ fn bytes(x: &Tensor) -> usize {
 
 /// The same to read.
 pub(super) fn text(value: &Value) -> String {
-    let mut about = vec![
-        line("method", string(value, "method")),
-        line("rank", output::count(number(value, "rank"))),
-        line("scale", value["scale"].to_string()),
-        line("dropout", value["dropout"].to_string()),
-        line("base model", string(value, "base_model")),
-    ];
+    let mut about =
+        vec![line("method", string(value, "method")), line("base model", string(value, "base_model"))];
+    let settings = ["rank", "first_rank", "heads", "coefficients", "band", "scale", "dropout", "seed"];
+    let there = settings.into_iter().filter(|name| !value[*name].is_null());
+    about.extend(there.map(|name| line(name, value[name].to_string())));
     about.extend(labels_lines(value));
     about.push(line("trained parameters", output::count(number(value, "trained_parameters"))));
     about.push(line("of adapters", output::count(number(value, "adapter_parameters"))));
@@ -142,6 +177,16 @@ fn layers_table(value: &Value) -> String {
         ("gamma", ">‖γ‖"),
         ("a", ">‖A‖"),
         ("b", ">‖B‖"),
+        ("magnitude", ">‖m‖"),
+        ("lambda_b", ">‖λ_b‖"),
+        ("lambda_d", ">‖λ_d‖"),
+        ("r", ">‖R‖"),
+        ("m", ">‖M‖"),
+        ("e", ">‖E‖"),
+        ("router", ">‖G‖"),
+        ("alpha", ">‖α‖"),
+        ("beta", ">‖β‖"),
+        ("theta", ">‖θ‖"),
         ("delta", ">‖ΔW‖"),
         ("relative", ">‖ΔW‖/‖W‖"),
     ];

@@ -7,8 +7,8 @@
 //! |---|---|
 //! | a model | `kind` ("model"), `family`, `architecture` (of a BERT: `layers`, `width`, `heads`, `hidden`, `vocab`, `positions`, `segments`, `labels`; else null), `parameters`, `bytes`, `dtypes` {dtype: bytes}, `tensors` [{`name`, `dtype`, `shape`, `bytes`}] |
 //! | a file | `kind` ("safetensors"), `metadata`, `parameters`, `bytes`, `dtypes`, `tensors` |
-//! | an adapter | `kind` ("adapter"), `method`, `rank`, `scale`, `dropout`, `base_model`, `trained_parameters` = `adapter_parameters` + `whole_parameters`, `layers` [{`name`, `parameters`, `lambda` and `gamma` or `a` and `b`: norms}], `whole` [{`name`, `shape`, `parameters`}], `bases` (null for LoRA) {`a`, `b`: shapes, `bytes`}; with `--model` each layer's `inputs`, `outputs`, `delta` = ‖ΔW‖ and `relative` = ‖ΔW‖/‖W‖ |
-//! | a plan | `kind` ("plan"), `method`, `rank` (null for full and head), `labels`, `batch_size`, `length`, `parameters`, `trained_parameters`, `adapter_parameters`, `classifier_parameters`, `layers` [{`name`, `inputs`, `outputs`, `parameters`}], `frozen_bytes`, `bases_bytes`, `trained_bytes`, `gradient_bytes`, `moment_bytes`, `training_peak_bytes` |
+//! | an adapter | `kind` ("adapter"), `method`, its settings (as `rank`, `scale`, `dropout`), `base_model`, `trained_parameters` = `adapter_parameters` + `whole_parameters`, `layers` [{`name`, `parameters`, the norms of its parameters by their names, as `lambda` and `gamma` or `a` and `b`}], `whole` [{`name`, `shape`, `parameters`}], `bases` (null for all but RandLoRA) {`a`, `b`: shapes, `bytes`}; with `--model` each layer's `inputs`, `outputs`, `delta` = ‖ΔW‖ and `relative` = ‖ΔW‖/‖W‖ (null where the update depends on the input) |
+//! | a plan | `kind` ("plan"), `method`, `rank` (null for methods without one), `labels`, `batch_size`, `length`, `parameters`, `trained_parameters`, `adapter_parameters`, `classifier_parameters`, `layers` [{`name`, `inputs`, `outputs`, `parameters`}], `frozen_bytes`, `bases_bytes`, `trained_bytes`, `gradient_bytes`, `moment_bytes`, `training_peak_bytes` |
 //!
 //! A model or an adapter with a randlora.json beside it has its `task` and `labels` as `task` and
 //! `label_names`.
@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// The rank: of one basis of RandLoRA, of the update of LoRA [default: 32 for randlora, 8 for lora].
     #[arg(long, value_name = "R", requires = "method", value_parser = clap::value_parser!(u32).range(1..))]
     rank: Option<u32>,
+    /// The numbers that a layer trains by nola (twice as many), pranc and intrinsic [default: 64, 64, 256].
+    #[arg(long, value_name = "K", requires = "method", value_parser = clap::value_parser!(u32).range(1..))]
+    coefficients: Option<u32>,
     /// RandLoRA's random bases [default: uniform].
     #[arg(long, value_name = "NAME", value_enum, requires = "method")]
     bases: Option<BasesName>,

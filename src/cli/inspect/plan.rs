@@ -23,7 +23,18 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
     let device = Device::cpu();
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let Args { targets, bases, .. } = args;
-    let settings = Settings { method, targets, rank, scale: None, bases: *bases, dropout: 0.0, seed: 0 };
+    let settings = Settings {
+        method,
+        targets,
+        rank,
+        scale: None,
+        bases: *bases,
+        dropout: 0.0,
+        seed: 0,
+        coefficients: args.coefficients.map(|count| count as usize),
+        // How many there will be changes nothing of the first two.
+        steps: 1000,
+    };
     let labels = args.labels.map(|labels| labels as usize);
     // Not mapped: what the device counts is then all that there is.
     let mut model = made_up::model(&args.path, Access::Read, labels, &settings, &device)?;

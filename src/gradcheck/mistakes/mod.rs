@@ -48,6 +48,19 @@ impl Mistake {
         self.inputs.iter().enumerate().map(input).collect()
     }
 
+    /// Which inputs need no gradient.
+    pub fn frozen(&self) -> &[bool] {
+        self.frozen
+    }
+
+    /// The function with the wrong gradient or the right one, to be planted into something larger.
+    ///
+    /// # Errors
+    /// Those of the function.
+    pub fn plant(&self, x: &[Tensor], wrong: bool) -> Result<Tensor> {
+        if wrong { (self.wrong)(x) } else { (self.right)(x) }
+    }
+
     /// The function with the wrong gradient, to be checked.
     pub fn wrong(&self) -> Check<impl Fn(&[Tensor]) -> Result<Tensor> + '_> {
         function(self.name, &self.wrong).frozen(self.frozen)

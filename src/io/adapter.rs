@@ -1,0 +1,95 @@
+//! Adapter folders of any method.
+
+use std::path::Path;
+
+use crate::adapters::Attached;
+use crate::error::{Error, Result};
+use crate::io::json::Object;
+use crate::io::own::{self, OwnAdapter, save_own};
+use crate::io::peft::{PeftAdapter, PeftTask, save_peft};
+use crate::nn::Module;
+
+/// An open adapter folder: PEFT's form, or this crate's own for the methods that are not exchanged with it.
+///
+/// ```
+/// use randlora::adapters::{Nola, Targets, attach};
+/// use randlora::io::{Adapter, PeftTask, save_adapter};
+/// use randlora::nn::{Init, Linear, Module};
+/// use randlora::Device;
+///
+/// let model = || -> randlora::Result<Vec<Linear>> {
+///     Ok(vec![Linear::init(&Init::seeded(0, &Device::cpu()), 20, 30, true)?])
+/// };
+/// let mut trained = model()?;
+/// attach(&mut trained, &Nola::default(), &Targets::AllLinear, &[])?;
+/// let folder = std::env::temp_dir().join(format!("randlora-doc-{}", std::process::id()));
+/// save_adapter(&trained, &folder, &PeftTask::default())?;
+///
+/// let mut other = model()?;
+/// let adapter = Adapter::open(&folder)?;
+/// assert_eq!(adapter.attach(&mut other)?.trained, trained.trainable_count());
+/// # std::fs::remove_dir_all(&folder).ok();
+/// # Ok::<(), randlora::Error>(())
+/// ```
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // There are never many.
+pub enum Adapter {
+    /// In PEFT's form.
+    Peft(PeftAdapter),
+    /// In this crate's.
+    Own(OwnAdapter),
+}
+
+impl Adapter {
+    /// Opens a folder.
+    ///
+    /// # Errors
+    /// Those of [`PeftAdapter::open`] and [`OwnAdapter::open`].
+    pub fn open(folder: &Path) -> Result<Adapter> {
+        let config = folder.join("adapter_config.json");
+        // What is wrong with a folder that is not ours is PEFT's to say.
+        let own = config.is_file() && Object::read(&config)?.text("peft_type")? == Some(own::KIND);
+        match own {
+            true => OwnAdapter::open(folder).map(Adapter::Own),
+            false => PeftAdapter::open(folder).map(Adapter::Peft),
+        }
+    }
+
+    /// Attaches the adapter to a model, whose other parameters are frozen.
+    ///
+    /// # Errors
+    /// Those of [`PeftAdapter::attach`] and [`OwnAdapter::attach`].
+    pub fn attach<M: Module + ?Sized>(&self, model: &mut M) -> Result<Attached> {
+        match self {
+            Adapter::Peft(adapter) => adapter.attach(model),
+            Adapter::Own(adapter) => adapter.attach(model),
+        }
+    }
+
+    /// The parameters that the file holds whole, a new classifier's say, with their sizes.
+    pub fn whole(&self) -> Vec<(&str, &[usize])> {
+        match self {
+            Adapter::Peft(adapter) => adapter.whole().collect(),
+            Adapter::Own(adapter) => adapter.whole().collect(),
+        }
+    }
+
+    /// An error about the adapter's tensors.
+    pub fn error(&self, message: impl Into<String>) -> Error {
+        match self {
+            Adapter::Peft(adapter) => adapter.error(message),
+            Adapter::Own(adapter) => adapter.error(message),
+        }
+    }
+}
+
+/// Saves a model's adapters and what else of it is trained to a folder: RandLoRA and LoRA as PEFT reads them,
+/// all others in this crate's own form.
+///
+/// # Errors
+/// Those of [`save_peft`] and [`save_own`].
+pub fn save_adapter<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
+    let own =
+        model.linears().into_iter().any(|(_, layer)| layer.adapter().is_some_and(|a| a.recipe().is_some()));
+    if own { save_own(model, folder, task) } else { save_peft(model, folder, task) }
+}
