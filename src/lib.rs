@@ -88,7 +88,10 @@
 //! # Ok::<(), randlora::Error>(())
 //! ```
 //!
-//! *Read `grad.rs`. It is the whole engine.*
+//! What backward reads is what training's memory goes to. [`nn::checkpoint`] makes a whole module one
+//! operation that keeps its input alone, and runs the module again when its gradients are wanted.
+//!
+//! *Read `grad.rs`. It is the whole engine. Then `nn/checkpoint.rs`.*
 //!
 //! # 4. Gradcheck
 //!

