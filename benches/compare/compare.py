@@ -128,14 +128,12 @@ def step_rows(args):
 
 
 def compare(args):
-    head = ["what", "method", ">ours ms", ">PEFT ms", ">PEFT/ours", ">ours/frozen", ">FLOP ratio", ">PEFT/frozen",
-            ">ours MiB", ">PEFT MiB", ">ours/PEFT"]
-    rows = [head]
+    yield ["what" + 14 * " ", "method" + 20 * " ", ">ours ms", ">PEFT ms", ">PEFT/ours", ">ours/frozen", ">FLOP ratio",
+           ">PEFT/frozen", ">ours MiB", ">PEFT MiB", ">ours/PEFT"]
     if args.only != "steps":
-        rows += layer_rows(args)
+        yield from layer_rows(args)
     if args.only != "layers":
-        rows += step_rows(args)
-    return rows
+        yield from step_rows(args)
 
 
 def sst2(args):
@@ -153,12 +151,12 @@ def sst2(args):
     found = in_turn(args, "SST-2", [train, lambda: train("--group-by-length"),
                                     lambda: theirs(args, "sst2", args.model, args.sst2, STEP_RANK, args.epochs)])
     peft = found[-1]
-    rows = [["training", ">seconds", ">PEFT/this", ">whole process s", ">tokens/s", ">accuracy", ">best", ">MiB", ">of PEFT's"]]
+    yield ["training" + 15 * " ", ">seconds", ">PEFT/this", ">whole process s", ">tokens/s", ">accuracy", ">best", ">MiB",
+           ">of PEFT's"]
     for name, side in zip(names, found):
-        rows.append([name, f"{side['seconds']:.1f}", f"{peft['seconds'] / side['seconds']:.2f}",
-                     f"{side['process_seconds']:.1f}", f"{side['tokens_per_s']:.0f}", f"{side['accuracy']:.4f}",
-                     f"{side['best_accuracy']:.4f}", mib(side), f"{100 * side['peak_rss_bytes'] / peft['peak_rss_bytes']:.0f} %"])
-    return rows
+        yield [name, f"{side['seconds']:.1f}", f"{peft['seconds'] / side['seconds']:.2f}",
+               f"{side['process_seconds']:.1f}", f"{side['tokens_per_s']:.0f}", f"{side['accuracy']:.4f}",
+               f"{side['best_accuracy']:.4f}", mib(side), f"{100 * side['peak_rss_bytes'] / peft['peak_rss_bytes']:.0f} %"]
 
 
 def processor():
@@ -169,15 +167,19 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def table(rows):
-    """Markdown, with columns in line; a column whose head begins with `>` is put to the right."""
-    right = [cell.startswith(">") for cell in rows[0]]
-    rows = [[cell.lstrip(">") for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(right))]
-    fill = lambda cell, i: cell.rjust(widths[i]) if right[i] else cell.ljust(widths[i])
-    lines = [" | ".join(fill(cell, i) for i, cell in enumerate(row)) for row in rows]
-    rule = "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right))
-    return "\n".join(f"| {line} |" for line in lines[:1]) + f"\n|{rule}|\n" + "\n".join(f"| {line} |" for line in lines[1:])
+def show(rows):
+    """Markdown, a row as soon as it is known; a column whose head begins with `>` is put to the right."""
+    head = next(rows)
+    right, widths = [cell.startswith(">") for cell in head], [max(6, len(cell.lstrip(">"))) for cell in head]
+
+    def line(cells):
+        padded = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(cells, widths, right)]
+        print("| " + " | ".join(padded) + " |", flush=True)
+
+    line([cell.lstrip(">") for cell in head])
+    line(["-" * (w - r) + ":" * r for w, r in zip(widths, right)])
+    for row in rows:
+        line(row)
 
 
 def main():
@@ -189,7 +191,7 @@ def main():
     print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads; {version} in f32; "
           f"PyTorch {python['torch']}, PEFT {python['peft']}, transformers {python['transformers']} in "
           f"{'bf16 autocast' if args.bf16 else 'f32'}; {time.strftime('%Y-%m-%d')}, medians of {args.rounds} turns\n")
-    print(table(sst2(args) if args.sst2 else compare(args)))
+    show(sst2(args) if args.sst2 else compare(args))
 
 
 main()
