@@ -1,9 +1,10 @@
 //! The singular value decomposition, by one-sided Jacobi rotations in f64.
 //!
-//! Hestenes' method turns pairs of columns of a tall matrix X until all are orthogonal: X·V = U·Σ with
-//! V the product of the turns. What is left of a column is u times its length, σ; each σ comes out to
-//! a relative accuracy of about 1e-15 of the largest. In a round of a tournament every column meets one
-//! other, so the pairs of a round are turned beside each other without touching.
+//! A tall X is first made small by Householder's reflections, X = Q·R. Hestenes' method then turns pairs of
+//! columns of L = Rᵀ until all are orthogonal: L·W = V·Σ, so that X = (Q·W)·Σ·Vᵀ. What is left of a column
+//! is v times its length, σ; each σ comes out to a relative accuracy of about 1e-15 of the largest. In a
+//! round of a tournament every column meets one other, so the pairs of a round are turned beside each other
+//! without touching.
 
 use rayon::prelude::*;
 
@@ -11,10 +12,11 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// X = U·diag(σ)·Vᵀ with k = min(rows, columns) singular values, largest first, in f64.
+/// X = U·diag(σ)·Vᵀ with k = min(rows, columns) singular values, largest first, in f64. Vectors that belong
+/// to a σ of 0 may be 0.
 #[derive(Debug)]
 pub(crate) struct Svd {
-    /// The left vectors (rows, k); 0 where σ is.
+    /// The left vectors (rows, k).
     pub(crate) u: Tensor,
     /// σ (k).
     pub(crate) values: Vec<f64>,
@@ -27,15 +29,23 @@ pub(crate) struct Svd {
 /// # Errors
 /// [`Error::Shape`] where `x` is no matrix, [`Error::NonFinite`] where it holds a NaN or infinity.
 pub(crate) fn svd(x: &Tensor) -> Result<Svd> {
-    let (wide, [count, len], columns) = columns(x, true)?;
-    let sorted = turned(columns);
+    let (wide, [count, len], mut columns) = columns(x)?;
+    let reflections = reduce(&mut columns);
+    let sorted = turned(rows_of_r(&columns, true));
     let values: Vec<f64> = sorted.iter().map(|column| column.square.sqrt()).collect();
     let unit = |(column, &length): (&Column, &f64)| {
         let inverse = if length > 0.0 { 1.0 / length } else { 0.0 };
         column.x.iter().map(|x| x * inverse).collect::<Vec<f64>>()
     };
-    let long: Vec<f64> = sorted.iter().zip(&values).flat_map(unit).collect();
-    let short: Vec<f64> = sorted.iter().flat_map(|column| column.turns.iter().copied()).collect();
+    let short: Vec<f64> = sorted.iter().zip(&values).flat_map(unit).collect();
+    // Q is the product of the reflections, so the last comes first.
+    let lifted = |column: &Column| {
+        let mut y = column.turns.clone();
+        y.resize(len, 0.0);
+        reflections.iter().enumerate().rev().for_each(|(k, v)| reflect(v, &mut y[k..]));
+        y
+    };
+    let long: Vec<f64> = sorted.par_iter().with_min_len(8).flat_map_iter(lifted).collect();
     let long = Tensor::from_vec(long, [count, len], x.device())?.t()?;
     let short = Tensor::from_vec(short, [count, count], x.device())?.t()?;
     // A wide matrix was taken by its rows, as Xᵀ = V·Σ·Uᵀ.
@@ -48,22 +58,14 @@ pub(crate) fn svd(x: &Tensor) -> Result<Svd> {
 /// # Errors
 /// As [`svd`].
 pub(crate) fn singular_values(x: &Tensor) -> Result<Vec<f64>> {
-    let (_, _, columns) = columns(x, false)?;
-    Ok(turned(columns).iter().map(|column| column.square.sqrt()).collect())
+    let (_, _, mut columns) = columns(x)?;
+    reduce(&mut columns);
+    Ok(turned(rows_of_r(&columns, false)).iter().map(|column| column.square.sqrt()).collect())
 }
 
-/// A column on its way to being orthogonal to all others.
-#[derive(Clone, Debug, Default)]
-struct Column {
-    x: Vec<f64>,
-    /// The column of V; empty where only the values are wanted.
-    turns: Vec<f64>,
-    /// ⟨x, x⟩.
-    square: f64,
-}
-
-/// The columns of a tall matrix or the rows of a wide one, and whether it was wide.
-fn columns(x: &Tensor, vectors: bool) -> Result<(bool, [usize; 2], Vec<Column>)> {
+/// The columns of a tall matrix or the rows of a wide one, their number and their length, and whether it was
+/// wide.
+fn columns(x: &Tensor) -> Result<(bool, [usize; 2], Vec<Vec<f64>>)> {
     let &[rows, cols] = x.dims() else {
         return Err(Error::shape("singular values", format!("{} is no matrix", x.shape())));
     };
@@ -75,12 +77,57 @@ fn columns(x: &Tensor, vectors: bool) -> Result<(bool, [usize; 2], Vec<Column>)>
         let what = "a matrix whose singular values were asked for".into();
         return Err(Error::NonFinite { what, step: 0 });
     }
-    let column = |(i, x): (usize, &[f64])| {
+    Ok((wide, [count, len], numbers.chunks(len.max(1)).take(count).map(<[f64]>::to_vec).collect()))
+}
+
+/// Makes the columns those of R, and says by which reflections I − v·vᵀ, of which the kth leaves the first k
+/// elements as they are.
+fn reduce(columns: &mut [Vec<f64>]) -> Vec<Vec<f64>> {
+    let mut reflections = Vec::with_capacity(columns.len());
+    for k in 0..columns.len() {
+        let (done, rest) = columns.split_at_mut(k + 1);
+        let column = &mut done[k][k..];
+        let length = dot(column, column).sqrt();
+        // Away from what is there, so that nothing cancels.
+        let image = if column[0] > 0.0 { -length } else { length };
+        let mut v = column.to_vec();
+        v[0] -= image;
+        let square = dot(&v, &v);
+        let scale = if square > 0.0 { (2.0 / square).sqrt() } else { 0.0 };
+        v.iter_mut().for_each(|v| *v *= scale);
+        column.fill(0.0);
+        column[0] = image;
+        rest.par_iter_mut().with_min_len(8).for_each(|column| reflect(&v, &mut column[k..]));
+        reflections.push(v);
+    }
+    reflections
+}
+
+/// x − v·⟨v, x⟩.
+fn reflect(v: &[f64], x: &mut [f64]) {
+    let product = dot(v, x);
+    x.iter_mut().zip(v).for_each(|(x, v)| *x -= product * v);
+}
+
+/// A column on its way to being orthogonal to all others.
+#[derive(Clone, Debug, Default)]
+struct Column {
+    x: Vec<f64>,
+    /// The column of W; empty where only the values are wanted.
+    turns: Vec<f64>,
+    /// ⟨x, x⟩.
+    square: f64,
+}
+
+/// The rows of R, which are the columns of L, from R's columns.
+fn rows_of_r(columns: &[Vec<f64>], vectors: bool) -> Vec<Column> {
+    let count = columns.len();
+    let row = |i: usize| {
+        let x: Vec<f64> = columns.iter().map(|column| column[i]).collect();
         let turns = if vectors { (0..count).map(|j| f64::from(u8::from(i == j))).collect() } else { vec![] };
-        Column { square: dot(x, x), x: x.to_vec(), turns }
+        Column { square: dot(&x, &x), x, turns }
     };
-    let columns = numbers.chunks(len.max(1)).take(count).enumerate().map(column).collect();
-    Ok((wide, [count, len], columns))
+    (0..count).map(row).collect()
 }
 
 /// The columns made orthogonal, longest first.
@@ -96,6 +143,8 @@ fn turned(columns: Vec<Column>) -> Vec<Column> {
         if !sweep(&mut left, &mut right) {
             break;
         }
+        // What the rotations have updated, once more from the numbers.
+        left.iter_mut().chain(&mut right).for_each(|column| column.square = dot(&column.x, &column.x));
     }
     let mut all: Vec<Column> = left.into_iter().chain(right).filter(|column| !column.x.is_empty()).collect();
     all.sort_by(|a, b| b.square.total_cmp(&a.square));
@@ -130,7 +179,7 @@ fn meet(a: &mut Column, b: &mut Column) -> bool {
         return false;
     }
     let product = dot(&a.x, &b.x);
-    if product.abs() <= f64::EPSILON * (a.square * b.square).sqrt() {
+    if product.abs() <= f64::EPSILON * (a.square * b.square).max(0.0).sqrt() {
         return false;
     }
     let zeta = (b.square - a.square) / (2.0 * product);
@@ -138,7 +187,7 @@ fn meet(a: &mut Column, b: &mut Column) -> bool {
     let cos = 1.0 / (1.0 + tan * tan).sqrt();
     turn(&mut a.x, &mut b.x, cos, cos * tan);
     turn(&mut a.turns, &mut b.turns, cos, cos * tan);
-    (a.square, b.square) = (dot(&a.x, &a.x), dot(&b.x, &b.x));
+    (a.square, b.square) = (a.square - tan * product, b.square + tan * product);
     true
 }
 

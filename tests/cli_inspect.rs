@@ -285,7 +285,7 @@ fn misuse_ends_with_2() {
     let model = &fixture("bert/bf16");
     for args in [
         &[][..],
-        &[model, "--method", "dora"],
+        &[model, "--method", "qlora"],
         &[model, "--rank", "4"],
         &[model, "--method", "lora", "--rank", "0"],
         &[model, "--method", "lora", "--model", model],

@@ -377,7 +377,7 @@ fn settings_and_targets_that_make_no_sense() {
     assert!(adapters::attach(&mut model, &method, &names(&["0"]), &["head"]).is_err());
     assert!(adapters::attach(&mut model, &RandLora { rank: 0, ..method }, &names(&["0"]), &[]).is_err());
     let error = adapters::by_name("qlora", &adapters::Settings::default()).unwrap_err();
-    assert!(error.to_string().contains("randlora, lora, full"), "{error}");
+    assert!(error.to_string().contains("randlora, lora, rslora"), "{error}");
     // Nothing was changed by what failed.
     assert_eq!(model.trainable_count(), model.parameter_count());
 
