@@ -7,6 +7,7 @@ mod attach;
 mod bases;
 mod full;
 mod lora;
+mod merge;
 mod origin;
 mod randlora;
 mod torch;
@@ -15,6 +16,7 @@ pub use attach::{Attached, LayerInfo, Method, Settings, Targets, attach, by_name
 pub use bases::{BasesSpec, Distribution};
 pub use full::Full;
 pub use lora::{Lora, LoraAdapter};
+pub use merge::{merge, unmerge};
 pub use origin::BasesOrigin;
 pub use randlora::{RandLora, RandLoraAdapter};
 pub use torch::{TorchBases, TorchDraw};
