@@ -5,12 +5,14 @@
 
 mod about;
 mod columns;
+mod convert;
 mod demo;
 mod encode;
 mod eval;
 mod finetune;
 mod inspect;
 mod labels;
+mod merge;
 mod method;
 mod model;
 mod output;
@@ -39,6 +41,8 @@ enum Command {
     Eval(eval::Args),
     Predict(predict::Args),
     Inspect(inspect::Args),
+    Merge(merge::Args),
+    Convert(convert::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -59,6 +63,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::DemoMethod(args) => demo::run_method(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Convert(args) => convert::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
