@@ -290,6 +290,24 @@ fn an_adapter_that_was_only_loaded_is_saved_bit_for_bit() {
     }
 }
 
+/// What PEFT saves after it has loaded our files (made by tests/oracle/round_trip.py).
+#[test]
+fn what_went_to_peft_and_came_back_is_the_same() {
+    let folders = fs::read_dir(oracle("round_trip")).unwrap().map(|entry| entry.unwrap().path());
+    let mut count = 0;
+    for folder in folders {
+        let case = folder.file_name().unwrap().to_str().unwrap();
+        let model = adapted(&adapter(case), DType::F32);
+        let ours = Folder::with(&format!("round-{case}"), &[]);
+        save_peft(&model, &ours.0, &PeftTask::default()).unwrap();
+        let (got, want) = (contents(&folder.join(TENSORS)), contents(&ours.0.join(TENSORS)));
+        assert!(got == want, "{case}: {:?} and {:?}", got.keys(), want.keys());
+        assert_eq!(logits(&adapted(&folder, DType::F32)), logits(&model), "{case}");
+        count += 1;
+    }
+    assert_eq!(count, 6);
+}
+
 #[test]
 fn what_is_not_read_of_a_configuration_is_kept() {
     let folder = combined("kept", "lora-bf16", "lora-bf16");

@@ -6,6 +6,7 @@
 mod about;
 mod bench;
 mod columns;
+mod convert;
 mod demo;
 mod encode;
 mod eval;
@@ -13,6 +14,7 @@ mod finetune;
 mod inspect;
 mod labels;
 mod made_up;
+mod merge;
 mod method;
 mod model;
 mod output;
@@ -42,6 +44,8 @@ enum Command {
     Predict(predict::Args),
     Inspect(inspect::Args),
     Bench(bench::Args),
+    Merge(merge::Args),
+    Convert(convert::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -63,6 +67,8 @@ pub(crate) fn run() -> ExitCode {
         Command::DemoMethod(args) => demo::run_method(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Convert(args) => convert::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use randlora::io::{Access, Adapter, Checkpoint};
 use randlora::models::{Bert, BertConfig, BertLoad};
 use randlora::nn::{Context, Module, TokenBatch, TokenIds};
-use randlora::{Device, Error, Result, Tensor};
+use randlora::{DType, Device, Error, Result, Tensor};
 
 use super::about::About;
 use super::encode::Encoder;
@@ -23,6 +23,8 @@ pub(crate) struct ModelArgs {
     /// An adapter's folder, as this program or PEFT wrote it.
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) draw: PeftDraw,
     /// Read the model's tensors instead of mapping the file: for network file systems.
     #[arg(long)]
     pub(crate) no_mmap: bool,
@@ -31,7 +33,38 @@ pub(crate) struct ModelArgs {
     pub(crate) threads: Option<u16>,
 }
 
+/// How an adapter of PEFT's without bases is read.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PeftDraw {
+    /// The type that PEFT drew the bases in, for a RandLoRA that it saved without them: bf16, or f16 on a machine
+    /// that has no bf16.
+    #[arg(long, value_enum, default_value = "bf16", value_name = "TYPE")]
+    peft_draw: Half,
+}
+
+/// A type that PEFT draws in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Half {
+    Bf16,
+    F16,
+}
+
+impl PeftDraw {
+    /// Opens an adapter's folder.
+    pub(crate) fn open(&self, folder: &Path) -> Result<Adapter> {
+        Ok(Adapter::open(folder)?.drawn_in(match self.peft_draw {
+            Half::Bf16 => DType::BF16,
+            Half::F16 => DType::F16,
+        }))
+    }
+}
+
 impl ModelArgs {
+    /// Opens the adapter's folder, if there is one.
+    pub(crate) fn open_adapter(&self) -> Result<Option<Adapter>> {
+        self.adapter.as_deref().map(|folder| self.draw.open(folder)).transpose()
+    }
+
     /// Opens the model folder.
     pub(crate) fn checkpoint(&self) -> Result<Checkpoint> {
         Checkpoint::open(&self.model, if self.no_mmap { Access::Read } else { Access::Map })
@@ -69,7 +102,7 @@ impl Classifier {
     /// As the parts' own; [`Error::Data`] for a model without a classifier and no adapter that has one.
     pub(crate) fn open(args: &ModelArgs, device: &Device) -> Result<Classifier> {
         let checkpoint = args.checkpoint()?;
-        let adapter = args.adapter.as_deref().map(Adapter::open).transpose()?;
+        let adapter = args.open_adapter()?;
         let about = about(args, &checkpoint, adapter.as_ref())?;
         let model = adapted(&checkpoint, adapter.as_ref(), device)?;
         let encoder = Encoder::open(&args.model, model.config(), about.max_length)?;

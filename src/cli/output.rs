@@ -2,9 +2,11 @@
 
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use randlora::{Error, Result};
+
+use super::table::wrong;
 
 /// Prints a line. Where the reader has gone, as `head` does, the program ends in peace.
 ///
@@ -15,6 +17,18 @@ pub(crate) fn say(line: impl Display) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         Err(source) => Err(Error::Io { path: PathBuf::from("standard output"), source }),
         Ok(()) => Ok(()),
+    }
+}
+
+/// An error where a folder must not be written to: it has something in it, and nobody said that this is meant.
+pub(crate) fn check_folder(folder: &Path, force: bool) -> Result<()> {
+    if folder.exists() && !folder.is_dir() {
+        return Err(wrong(folder, "this is a file: name a folder to write to"));
+    }
+    let filled = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
+    match filled && !force {
+        true => Err(wrong(folder, "the folder exists: name another one, or write into it with `--force`")),
+        false => Ok(()),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::adapters::Attached;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::json::Object;
 use crate::io::own::{self, OwnAdapter, save_own};
@@ -63,6 +64,34 @@ impl Adapter {
         match self {
             Adapter::Peft(adapter) => adapter.attach(model),
             Adapter::Own(adapter) => adapter.attach(model),
+        }
+    }
+
+    /// The same adapter with its bases drawn in this type where PEFT drew them and the file holds none; see
+    /// [`PeftAdapter::drawn_in`].
+    pub fn drawn_in(self, dtype: DType) -> Adapter {
+        match self {
+            Adapter::Peft(adapter) => Adapter::Peft(adapter.drawn_in(dtype)),
+            own => own,
+        }
+    }
+
+    /// The model that the adapter was made for, if the folder says so.
+    pub fn base_model(&self) -> Option<&str> {
+        match self {
+            Adapter::Peft(adapter) => adapter.config().base_model.as_deref(),
+            Adapter::Own(adapter) => adapter.base_model(),
+        }
+    }
+
+    /// Saves a model's adapters, which come from this folder and may have been trained on since, in its form.
+    ///
+    /// # Errors
+    /// Those of [`PeftAdapter::save`] and [`save_own`].
+    pub fn save<M: Module + ?Sized>(&self, model: &M, folder: &Path) -> Result<()> {
+        match self {
+            Adapter::Peft(adapter) => adapter.save(model, folder),
+            Adapter::Own(adapter) => save_own(model, folder, &adapter.task()),
         }
     }
 

@@ -91,6 +91,12 @@ impl OwnAdapter {
         self.config.text("base_model_name_or_path").ok().flatten()
     }
 
+    /// What is known of its use.
+    pub(super) fn task(&self) -> PeftTask {
+        let name = self.config.text("task_type").ok().flatten().map(String::from);
+        PeftTask { name, base_model: self.base_model().map(String::from) }
+    }
+
     /// The adapted layers.
     pub fn layers(&self) -> &[String] {
         &self.layers

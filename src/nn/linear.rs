@@ -204,8 +204,7 @@ impl Linear {
         }
         let old = self.weight.value().clone();
         self.weight.replace(rounded)?;
-        let lost = if size > 0.0 { lost / size } else { 0.0 };
-        Ok(self.adapter.take().map(|adapter| Merged { weight: old, adapter, lost }))
+        Ok(self.adapter.take().map(|adapter| Merged { weight: old, adapter, size, lost }))
     }
 
     /// Undoes a merge: the layer has its old weight again, bit for bit, and the adapter.
@@ -228,6 +227,7 @@ impl Linear {
 pub struct Merged {
     weight: Tensor,
     adapter: Box<dyn LinearAdapter>,
+    size: f64,
     lost: f64,
 }
 
@@ -237,8 +237,13 @@ impl Merged {
         &*self.adapter
     }
 
-    /// What rounding the sum to the weight's type lost, as a share of the change: ‖round(W + ΔW) − (W + ΔW)‖ over
-    /// ‖ΔW‖, in Frobenius norms.
+    /// ‖ΔW‖, the Frobenius norm of the change.
+    pub fn size(&self) -> f64 {
+        self.size
+    }
+
+    /// What rounding the sum to the weight's type lost of the change: ‖round(W + ΔW) − (W + ΔW)‖. Over
+    /// [`size`](Merged::size), its share.
     pub fn lost(&self) -> f64 {
         self.lost
     }
@@ -408,8 +413,10 @@ mod tests {
         let (mut layer, _) = layer(DType::BF16);
         let before = layer.weight().value().to_dtype(DType::F64).unwrap();
         layer.attach(shift(0.3)).unwrap();
-        let lost = layer.merge(None).unwrap().unwrap().lost();
-        assert!(lost > 0.0 && lost < 1.0 / 256.0 / 0.3, "{lost}");
+        let merged = layer.merge(None).unwrap().unwrap();
+        // 6 numbers of 0.3 each, and at most half a unit in the last place of the sum.
+        assert!((merged.size() - 0.3 * 6f64.sqrt()).abs() < 1e-6, "{merged:?}");
+        assert!(merged.lost() > 0.0 && merged.lost() < 0.05, "{merged:?}");
         let want = before.add_scalar(0.3f32 as f64).unwrap().to_dtype(DType::BF16).unwrap();
         let wide = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec::<f32>().unwrap();
         assert_eq!(layer.weight().value().dtype(), DType::BF16);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use randlora::io::{Checkpoint, PeftTask, save_adapter};
+use randlora::io::{Adapter, Checkpoint, PeftTask, save_adapter};
 use randlora::models::{Bert, Head};
 use randlora::nn::{ItemMut, Module};
 use randlora::train::Progress;
@@ -12,7 +12,6 @@ use randlora::{Error, Result, Tensor};
 
 use super::args::Args;
 use crate::cli::about::About;
-use crate::cli::table::wrong;
 
 /// The folder that a training writes to.
 pub(super) struct Folder<'a> {
@@ -21,30 +20,24 @@ pub(super) struct Folder<'a> {
     about: About,
     base: String,
     name: &'static str,
+    /// The adapter that the training began with.
+    adapter: Option<&'a Adapter>,
 }
 
 impl<'a> Folder<'a> {
     /// Makes the folder.
     ///
     /// # Errors
-    /// [`Error::Data`] where it is there already and `--force` was not given.
-    pub(super) fn new(args: &Args, checkpoint: &'a Checkpoint, about: About) -> Result<Folder<'a>> {
+    /// [`Error::Io`] where it cannot be made.
+    pub(super) fn new(
+        args: &Args,
+        checkpoint: &'a Checkpoint,
+        adapter: Option<&'a Adapter>,
+        about: About,
+    ) -> Result<Folder<'a>> {
         fs::create_dir_all(&args.out).map_err(|source| Error::Io { path: args.out.clone(), source })?;
         let base = args.model.model.display().to_string();
-        Ok(Folder { path: args.out.clone(), checkpoint, about, base, name: args.method.name() })
-    }
-
-    /// An error where the folder must not be written to.
-    pub(super) fn check(args: &Args) -> Result<()> {
-        let out = &args.out;
-        if out.exists() && !out.is_dir() {
-            return Err(wrong(out, "this is a file: name a folder to write to"));
-        }
-        let filled = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
-        match filled && !args.force {
-            true => Err(wrong(out, "the folder exists: name another one, or write into it with `--force`")),
-            false => Ok(()),
-        }
+        Ok(Folder { path: args.out.clone(), checkpoint, about, base, name: args.method.name(), adapter })
     }
 
     /// A file or folder within.
@@ -79,7 +72,10 @@ impl<'a> Folder<'a> {
     }
 
     fn write(&self, model: &Bert, folder: &Path) -> Result<()> {
-        if model.linears().iter().any(|(_, layer)| layer.adapter().is_some()) {
+        if let Some(adapter) = self.adapter {
+            // In the form that it came in, with all that its configuration says.
+            adapter.save(model, folder)?;
+        } else if model.linears().iter().any(|(_, layer)| layer.adapter().is_some()) {
             let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some(self.base.clone()) };
             save_adapter(model, folder, &task)?;
         } else {

@@ -21,7 +21,7 @@ use super::about::About;
 use super::encode::Encoder;
 use super::labels::LabelSet;
 use super::model::{self, batch};
-use super::output::{peak_memory, say};
+use super::output::{check_folder, peak_memory, say};
 use super::table::{self, Example, Label, Labels};
 use super::task::{Answers, Kind, Scores, Task};
 use super::{Failure, eval};
@@ -37,14 +37,14 @@ struct Data {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
-    Folder::check(args)?;
+    check_folder(&args.out, args.force)?;
     args.model.with_threads(|| finetune(args))?
 }
 
 fn finetune(args: &Args) -> std::result::Result<(), Failure> {
     let checkpoint = args.model.checkpoint()?;
     let config = BertConfig::of(&checkpoint)?;
-    let adapter = args.model.adapter.as_deref().map(Adapter::open).transpose()?;
+    let adapter = args.model.open_adapter()?;
     let columns = args.columns.columns();
     let train = table::read(&args.train, &columns, Labels::Needed)?;
     let test = args.eval.as_deref().map(|path| table::read(path, &columns, Labels::Needed)).transpose()?;
@@ -71,7 +71,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
             model
         }
     };
-    let folder = Folder::new(args, &checkpoint, about)?;
+    let folder = Folder::new(args, &checkpoint, adapter.as_ref(), about)?;
     eprintln!("{}: {}", folder.method(&model), Attached::of(&model));
     let run = Run { args, device, folder, train, test };
     run.train(model)

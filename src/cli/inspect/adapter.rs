@@ -5,17 +5,18 @@ use std::path::Path;
 use randlora::io::{Access, Adapter, Checkpoint, OwnAdapter, PeftAdapter};
 use randlora::nn::{Linear, LinearAdapter, Module};
 use randlora::{DType, Device, Tensor};
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::{head, labels_lines, line, list, number, shape, string};
+use super::{Args, head, labels_lines, line, list, number, shape, spectrum, string};
 use crate::cli::model::adapted;
 use crate::cli::{Failure, output};
 
 /// An adapter, and with its model how large its updates are.
-pub(super) fn describe(folder: &Path, model: Option<&Path>) -> Result<Value, Failure> {
-    let (adapter, device) = (Adapter::open(folder)?, Device::cpu());
-    let layers = match (model, &adapter) {
-        (Some(model), _) => layers_of_model(&adapter, model, &device)?,
+pub(super) fn describe(args: &Args) -> Result<Value, Failure> {
+    let (adapter, device) = (args.draw.open(&args.path)?, Device::cpu());
+    let layers = match (&args.model, &adapter) {
+        (Some(model), _) => layers_of_model(&adapter, model, args.spectrum || args.plot.is_some(), &device)?,
         (None, Adapter::Peft(adapter)) => layers_of_file(adapter, &device)?,
         (None, Adapter::Own(adapter)) => layers_of_own(adapter, &device)?,
     };
@@ -103,23 +104,32 @@ fn natural(name: &str) -> Vec<(usize, &str)> {
     name.split('.').map(|part| (part.parse().unwrap_or(usize::MAX), part)).collect()
 }
 
-fn layers_of_model(adapter: &Adapter, folder: &Path, device: &Device) -> Result<Vec<Value>, Failure> {
+fn layers_of_model(
+    adapter: &Adapter,
+    folder: &Path,
+    spectrum: bool,
+    device: &Device,
+) -> Result<Vec<Value>, Failure> {
     let checkpoint = Checkpoint::open(folder, Access::Map)?;
     let model = adapted(&checkpoint, Some(adapter), device)?;
-    let mut layers = Vec::new();
-    for (name, layer) in model.linears() {
-        if let Some(adapter) = layer.adapter() {
-            layers.push(layer_of_model(&name, layer, adapter)?);
-        }
-    }
-    Ok(layers)
+    let layers: Vec<(String, &Linear)> =
+        model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some()).collect();
+    let one =
+        |(name, layer): &(String, &Linear)| layer.adapter().map(|a| layer_of_model(name, layer, a, spectrum));
+    layers.par_iter().filter_map(one).collect()
 }
 
-fn layer_of_model(name: &str, layer: &Linear, adapter: &dyn LinearAdapter) -> Result<Value, Failure> {
+fn layer_of_model(
+    name: &str,
+    layer: &Linear,
+    adapter: &dyn LinearAdapter,
+    spectrum: bool,
+) -> Result<Value, Failure> {
     let parameters: usize = adapter.parameters().iter().map(|(_, parameter)| parameter.value().numel()).sum();
     let weight = norm(layer.weight().value())?;
     // HydraLoRA's update depends on the input: it has no size.
-    let delta = adapter.delta(layer.weight().value()).ok().map(|delta| norm(&delta)).transpose()?;
+    let update = adapter.delta(layer.weight().value()).ok();
+    let delta = update.as_ref().map(norm).transpose()?;
     let mut value = json!({
         "name": name,
         "inputs": layer.inputs(),
@@ -130,6 +140,12 @@ fn layer_of_model(name: &str, layer: &Linear, adapter: &dyn LinearAdapter) -> Re
     });
     for (part, parameter) in adapter.parameters() {
         value[part] = json!(norm(parameter.value())?);
+    }
+    if spectrum
+        && let Some(update) = update
+        && let (Some(value), Value::Object(found)) = (value.as_object_mut(), spectrum::describe(&update)?)
+    {
+        value.extend(found);
     }
     Ok(value)
 }
@@ -189,6 +205,8 @@ fn layers_table(value: &Value) -> String {
         ("theta", ">‖θ‖"),
         ("delta", ">‖ΔW‖"),
         ("relative", ">‖ΔW‖/‖W‖"),
+        ("update_rank", ">rank"),
+        ("effective_rank", ">effective rank"),
     ];
     let layers = list(value, "layers");
     let there = |field: &str| layers.first().is_some_and(|layer| layer.get(field).is_some());
@@ -199,6 +217,7 @@ fn layers_table(value: &Value) -> String {
         let mut line = vec![string(layer, "name"), output::count(number(layer, "parameters"))];
         // JSON has no NaN: a number that is not finite is null there.
         line.extend(columns.iter().map(|(field, _)| match layer[*field].as_f64() {
+            Some(rank) if layer[*field].is_u64() => format!("{rank}"),
             Some(norm) => format!("{norm:.4}"),
             None => "not finite".into(),
         }));

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | a model | `kind` ("model"), `family`, `architecture` (of a BERT: `layers`, `width`, `heads`, `hidden`, `vocab`, `positions`, `segments`, `labels`; else null), `parameters`, `bytes`, `dtypes` {dtype: bytes}, `tensors` [{`name`, `dtype`, `shape`, `bytes`}] |
 //! | a file | `kind` ("safetensors"), `metadata`, `parameters`, `bytes`, `dtypes`, `tensors` |
-//! | an adapter | `kind` ("adapter"), `method`, its settings (as `rank`, `scale`, `dropout`), `base_model`, `trained_parameters` = `adapter_parameters` + `whole_parameters`, `layers` [{`name`, `parameters`, the norms of its parameters by their names, as `lambda` and `gamma` or `a` and `b`}], `whole` [{`name`, `shape`, `parameters`}], `bases` (null for all but RandLoRA) {`a`, `b`: shapes, `bytes`}; with `--model` each layer's `inputs`, `outputs`, `delta` = ‖ΔW‖ and `relative` = ‖ΔW‖/‖W‖ (null where the update depends on the input) |
+//! | an adapter | `kind` ("adapter"), `method`, its settings (as `rank`, `scale`, `dropout`), `base_model`, `trained_parameters` = `adapter_parameters` + `whole_parameters`, `layers` [{`name`, `parameters`, the norms of its parameters by their names, as `lambda` and `gamma` or `a` and `b`}], `whole` [{`name`, `shape`, `parameters`}], `bases` (null where the file holds none) {`a`, `b`: shapes, `bytes`}; with `--model` each layer's `inputs`, `outputs`, `delta` = ‖ΔW‖ and `relative` = ‖ΔW‖/‖W‖ (null where the update depends on the input); with `--spectrum` also `singular_values` of ΔW, largest first, `update_rank` = how many are above max(in, out)·2⁻²³ of the largest, and `effective_rank` = e^H, H the entropy of their shares |
 //! | a plan | `kind` ("plan"), `method`, `rank` (null for methods without one), `labels`, `batch_size`, `length`, `parameters`, `trained_parameters`, `adapter_parameters`, `classifier_parameters`, `layers` [{`name`, `inputs`, `outputs`, `parameters`}], `frozen_bytes`, `bases_bytes`, `trained_bytes`, `gradient_bytes`, `moment_bytes`, `training_peak_bytes` |
 //!
 //! A model or an adapter with a randlora.json beside it has its `task` and `labels` as `task` and
@@ -16,12 +16,14 @@
 mod adapter;
 mod checkpoint;
 mod plan;
+mod spectrum;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::method::{BasesName, MethodName};
+use super::model::PeftDraw;
 use super::{Failure, output, targets};
 
 /// Show what is in a model folder, a safetensors file or an adapter folder; with --method, what
@@ -31,16 +33,26 @@ use super::{Failure, output, targets};
   randlora inspect all-MiniLM-L6-v2
   randlora inspect all-MiniLM-L6-v2/model.safetensors --json
   randlora inspect sst2-adapter --model all-MiniLM-L6-v2
+  randlora inspect sst2-adapter --model all-MiniLM-L6-v2 --spectrum --plot spectrum.svg
   randlora inspect all-MiniLM-L6-v2 --method randlora --rank 16 --labels 2 --batch-size 32 --length 64
   randlora inspect all-MiniLM-L6-v2 --method lora --targets '.*layer\\.[0-2]\\..*(query|value)'")]
 pub(crate) struct Args {
     /// A model folder (config.json, model.safetensors), a safetensors file, or an adapter folder
-    /// (adapter_config.json, adapter_model.safetensors).
+    /// (adapter_config.json and adapter_model.safetensors, or compact.safetensors).
     #[arg(value_name = "PATH")]
     path: PathBuf,
     /// The model that the adapter in PATH is for: shows how large its updates are.
     #[arg(long, value_name = "DIR", conflicts_with = "method")]
     model: Option<PathBuf>,
+    /// The singular values of the adapter's updates: their ranks, and with --json all of them. Takes half a second
+    /// for a layer of 384 × 384, and eight times that for twice the sides.
+    #[arg(long, requires = "model")]
+    spectrum: bool,
+    /// Draw the singular values into this SVG file.
+    #[arg(long, value_name = "FILE", requires = "model")]
+    plot: Option<PathBuf>,
+    #[command(flatten)]
+    draw: PeftDraw,
     /// Plan the training of the model in PATH by this method.
     #[arg(long)]
     method: Option<MethodName>,
@@ -72,7 +84,8 @@ pub(crate) struct Args {
 /// Shows what PATH is.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let path = &args.path;
-    let is_adapter = path.join("adapter_config.json").is_file();
+    let is_adapter =
+        ["adapter_config.json", "compact.safetensors"].iter().any(|name| path.join(name).is_file());
     let fail = |message: &str| Err::<(), Failure>(format!("{}: {message}", path.display()).into());
     if !path.exists() {
         return fail("there is no such file or folder");
@@ -88,7 +101,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         let text = plan::text(&value);
         (value, text)
     } else if is_adapter {
-        let value = with_labels(path, adapter::describe(path, args.model.as_deref())?)?;
+        let value = with_labels(path, adapter::describe(args)?)?;
+        if let Some(file) = &args.plot {
+            spectrum::draw(&value, file)?;
+        }
         let text = adapter::text(&value);
         (value, text)
     } else if path.is_dir() {

@@ -21,8 +21,46 @@ use crate::tensor::Tensor;
 const FORMAT: &str = "randlora compact 1";
 
 /// Saves a model's RandLoRA adapters without their bases, and what else of it is trained, to
-/// compact.safetensors in a folder, which is made if need be. What they are made of again is in the
-/// documentation of this module's folder, `io/peft`, and in the README.
+/// compact.safetensors in a folder, which is made if need be. [`PeftAdapter::open`](crate::io::PeftAdapter::open)
+/// reads it back bit for bit.
+///
+/// # The form
+///
+/// One file of safetensors, with the names of PEFT's: for every adapted layer
+/// `base_model.model.<layer>.randlora_lambda`, λ (r, n), and `….randlora_gamma`, γ (n, m), with m the smaller side of
+/// its weight and n = ⌈m/r⌉; and `base_model.model.<parameter>` (of an adapted layer's bias
+/// `base_model.model.<layer>.base_layer.bias`) for what else is trained; all in F32. Its metadata has `format` =
+/// `randlora compact 1` and `adapter`, a JSON object:
+///
+/// | field | value |
+/// |---|---|
+/// | `method` | `randlora` |
+/// | `rank`, `scale`, `dropout` | r; s and the dropout as decimal numbers in texts |
+/// | `targets`, `modules` | as PEFT's `target_modules` and `modules_to_save`: lists of names |
+/// | `bias` | which biases are trained: `none`, `adapted` (the adapted layers') or `all` |
+/// | `base_model` | the model, a path or name, or null |
+/// | `bases` | what they follow from: see below |
+///
+/// A layer reads A\[:, :m\] and B\[:d, :n, :\], d its larger side. ΔW (out, in) is
+/// s·Σᵢ Bᵢ diag(λ\[:, i\]) A diag(γ\[i, :\]) where in ≤ out, and the transpose of it where in > out. Under the pairing `paper`, column (i, k) of B meets row k of
+/// A and λ\[k, i\]; under `peft`, with q = i·r + k, row and λ of rank ⌊q/n⌋ and λ and γ of basis q mod n.
+///
+/// # What bases follow from
+///
+/// | field | of | value |
+/// |---|---|---|
+/// | `from` | both | `randlora`: the format of this crate's adapters; `torch`: PEFT's draw |
+/// | `rank`, `small`, `large` | both | r and the largest sides; A is (r, small), B (large, ⌈small/r⌉, r) |
+/// | `seed` | both | a decimal number in a text |
+/// | `structure` | randlora | `dense` |
+/// | `distribution` | randlora | `uniform`, `normal` or `ternary`; with `sparsity`, a decimal number in a text |
+/// | `pairing` | randlora | `paper` or `peft` |
+/// | `draw` | torch | `bf16` or `f16`: uniform, in that type; `sparse`, `very_sparse` |
+///
+/// Numbers whose every bit counts are texts: readers of JSON differ in how they round.
+///
+/// How the entries follow from the seed is written down in src/adapters/bases.rs ([`BasesSpec`](crate::adapters::BasesSpec))
+/// and src/adapters/torch.rs ([`TorchBases`](crate::adapters::TorchBases)), with scripts in Python in tests/oracle.
 ///
 /// # Errors
 /// [`Error::Config`] for other adapters, and where the bases are not those of a seed, which is tried here;

@@ -19,36 +19,7 @@
 //!
 //! What is written here says in its metadata, under `randlora_bases`, what the bases follow from.
 //!
-//! # The compact form
-//!
-//! One file, compact.safetensors: the same tensors without A and B, all of them as they were trained. Its metadata
-//! has `format` = `randlora compact 1` and `adapter`, a JSON object:
-//!
-//! | field | value |
-//! |---|---|
-//! | `method` | `randlora` |
-//! | `rank`, `scale`, `dropout` | r; s and the dropout as decimal numbers in texts |
-//! | `targets`, `modules`, `bias` | as PEFT's `target_modules`, `modules_to_save` and `bias` |
-//! | `base_model` | the model, a path or name, or null |
-//! | `bases` | what they follow from: see below |
-//!
-//! With the bases made again, ΔW = s·Σᵢ Bᵢ diag(λ\[:, i\]) A diag(γ\[i, :\]) for a layer that is not
-//! wider than high, and its transpose for one that is. Under the pairing `paper`, column (i, k) of B meets row k of
-//! A and λ\[k, i\]; under `peft`, with q = i·r + k, row and λ of rank ⌊q/n⌋ and λ and γ of basis q mod n.
-//!
-//! # What bases follow from
-//!
-//! | field | of | value |
-//! |---|---|---|
-//! | `from` | both | `randlora`: the format of this crate's adapters; `torch`: PEFT's draw |
-//! | `rank`, `small`, `large` | both | r and the largest sides; A is (r, small), B (large, ⌈small/r⌉, r) |
-//! | `seed` | both | a decimal number in a text |
-//! | `structure` | randlora | `dense`, or `block`: B is (large, r), and row d belongs to basis ⌊d/r⌋ mod n |
-//! | `distribution` | randlora | `uniform`, `normal` or `ternary`; with `sparsity`, a decimal number in a text |
-//! | `pairing` | randlora | `paper` or `peft` |
-//! | `draw` | torch | `bf16` or `f16`: uniform, in that type; `sparse`, `very_sparse` |
-//!
-//! Numbers whose every bit counts are texts: readers of JSON differ in how they round.
+//! The compact form and what bases follow from are described at [`save_compact`].
 
 mod attach;
 mod bases;

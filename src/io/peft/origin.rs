@@ -1,4 +1,4 @@
-//! What bases follow from, as JSON in a file's metadata: the module above has the fields.
+//! What bases follow from, as JSON in a file's metadata: the fields are described at `save_compact`.
 
 use std::str::FromStr;
 

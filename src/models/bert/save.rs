@@ -67,11 +67,15 @@ impl Bert {
             config.remove(old);
         }
         config.insert("dtype".into(), json!(dtype));
+        let count = self.config().labels;
+        if count == 0 {
+            config.insert("architectures".into(), json!(["BertModel"]));
+            return config;
+        }
         config.insert("architectures".into(), json!(["BertForSequenceClassification"]));
         if let Some(problem) = &head.problem {
             config.insert("problem_type".into(), json!(problem));
         }
-        let count = self.config().labels;
         let name = |i: usize| head.labels.get(i).cloned().unwrap_or_else(|| format!("LABEL_{i}"));
         let names: Map<String, Value> = (0..count).map(|i| (i.to_string(), json!(name(i)))).collect();
         let numbers: Map<String, Value> = (0..count).map(|i| (name(i), json!(i))).collect();
