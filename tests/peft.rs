@@ -385,6 +385,14 @@ fn biases_that_are_promised_and_missing() {
     let keep = |name: &str| (!name.contains(missing)).then(|| name.into());
     folder.rename(&adapter("lora-bias-only").join(TENSORS), TENSORS, keep);
     refused(&folder.0, &["layer.1.attention.self.key.bias` is missing"]);
+    let folder = combined("two-biases", "lora-bias-only", "lora-bias-only");
+    let name = "base_model.model.bert.encoder.layer.1.attention.self.key.";
+    let double = |key: &str| {
+        let other = "layer.0.attention.self.key.base_layer.bias";
+        Some(if key.ends_with(other) { format!("{name}bias") } else { key.into() })
+    };
+    folder.rename(&adapter("lora-bias-only").join(TENSORS), TENSORS, double);
+    refused(&folder.0, &[&format!("`{name}bias` and `{name}base_layer.bias` are the same parameter")]);
     let folder = combined("other-bias", "lora-bias-only", "lora-bias-only");
     folder.edit(CONFIG, "\"lora_only\"", "\"some\"");
     refused(&folder.0, &[CONFIG, "`bias` is \"some\"", "lora_only"]);

@@ -73,7 +73,7 @@ fn merged(args: &Args) -> Result<()> {
     let mut model = adapted(&checkpoint, Some(&adapter), &device)?;
     let before = probe(&model)?;
     model.freeze();
-    let first = model.linears().into_iter().find_map(|(_, layer)| Some(layer.weight().value().dtype()));
+    let first = model.linears().first().map(|(_, layer)| layer.weight().value().dtype());
     let dtype = args.dtype.map(Type::dtype).or(first).unwrap_or(DType::F32);
     let merged = merge(&mut model, Some(dtype))?;
     let after = probe(&model)?;

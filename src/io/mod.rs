@@ -1,4 +1,5 @@
-//! Files: safetensors, model folders as Hugging Face writes them, adapter folders as PEFT does.
+//! Files: safetensors, model folders as Hugging Face writes them, adapter folders as PEFT
+//! does and in a compact form.
 //!
 //! What is read may come from anywhere: every number in it is checked before it is used. What is
 //! written is there whole or not at all.

@@ -221,7 +221,7 @@ fn small_and_quick_for_minilm() {
         labels: 2,
         ..BertConfig::default()
     };
-    let fresh = || Bert::init(&Init::seeded(0, &Device::cpu()), config.clone()).unwrap();
+    let fresh = || Bert::init(&Init::seeded(0, &Device::cpu()), config).unwrap();
     let mut model = fresh();
     let method = RandLora { rank: 16, pairing: Pairing::Peft, ..RandLora::default() };
     attach(&mut model, &method, &Targets::AllLinear, &["classifier"]).unwrap();

@@ -29,7 +29,8 @@ const FORMAT: &str = "randlora compact 1";
 /// One file of safetensors, with the names of PEFT's: for every adapted layer
 /// `base_model.model.<layer>.randlora_lambda`, λ (r, n), and `….randlora_gamma`, γ (n, m), with m the smaller side of
 /// its weight and n = ⌈m/r⌉; and `base_model.model.<parameter>` (of an adapted layer's bias
-/// `base_model.model.<layer>.base_layer.bias`) for what else is trained; all in F32. Its metadata has `format` =
+/// `base_model.model.<layer>.base_layer.bias`) for what else is trained; in F32, or F64 for a model
+/// in f64. Its metadata has `format` =
 /// `randlora compact 1` and `adapter`, a JSON object:
 ///
 /// | field | value |

@@ -192,7 +192,13 @@ fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<Stri
         }
         match parts(method).iter().find_map(|part| name.strip_suffix(part)) {
             Some(layer) => drop(layers.insert(layer.to_string())),
-            None => drop(whole.insert(name.replace(".base_layer.", "."), key.to_string())),
+            None => {
+                let name = name.replace(".base_layer.", ".");
+                if let Some(other) = whole.insert(name, key.to_string()) {
+                    let message = format!("`{key}` and `{other}` are the same parameter");
+                    return Err(Error::data(file.what(), message));
+                }
+            }
         }
     }
     if layers.is_empty() {
