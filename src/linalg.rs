@@ -179,7 +179,9 @@ fn meet(a: &mut Column, b: &mut Column) -> bool {
         return false;
     }
     let product = dot(&a.x, &b.x);
-    if product.abs() <= f64::EPSILON * (a.square * b.square).max(0.0).sqrt() {
+    // What rounding leaves of the product of orthogonal vectors, as LAPACK has it.
+    let rounding = f64::EPSILON * (a.x.len() as f64).sqrt();
+    if product.abs() <= rounding * (a.square * b.square).max(0.0).sqrt() {
         return false;
     }
     let zeta = (b.square - a.square) / (2.0 * product);

@@ -585,7 +585,7 @@ fn mistakes_of_an_adapters_forward_are_caught() {
         let x = normal("x", &[4, 5], DType::F64);
         let whole = gradcheck::model(&mut layer, |layer, ctx| layer.forward(&x, ctx)?.tanh());
         let of_x = gradcheck::function("x", |x| layer.forward(&x[0], &Context::eval().tracked())?.tanh())
-            .check(&[x.clone()]);
+            .check(std::slice::from_ref(&x));
         let caught = [whole, of_x].into_iter().filter(|r| matches!(r, Err(Error::Gradcheck { .. }))).count();
         assert_eq!(caught > 0, mistake != "none", "{mistake}");
     }

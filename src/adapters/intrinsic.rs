@@ -9,6 +9,7 @@
 //! its own. ΔW has no factors: it is formed (out×in) in each pass, and so is its gradient.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use crate::adapters::attach::{LayerInfo, Method, each};
@@ -55,9 +56,9 @@ impl Method for Intrinsic {
         let mut transforms: BTreeMap<usize, Arc<Fastfood>> = BTreeMap::new();
         for layer in layers {
             let size = layer.inputs * layer.outputs;
-            if !transforms.contains_key(&size) {
+            if let Entry::Vacant(place) = transforms.entry(size) {
                 let key = Init::seeded(self.seed, &layer.device).key(&format!("intrinsic.{size}"));
-                transforms.insert(size, Arc::new(Fastfood::new(size, self.coefficients, key)?));
+                place.insert(Arc::new(Fastfood::new(size, self.coefficients, key)?));
             }
         }
         each(layers, |layer| {
