@@ -2,7 +2,8 @@
 //!
 //! f32 goes to the kernels of the `gemm` project in the default build (AVX-512 where the processor has
 //! it), to `matrixmultiply` in the lean one; f64, which gradients are checked in, to `matrixmultiply`
-//! in both. Threads share out tiles of the result whose sizes follow from the shape alone: the same call
+//! in both. On processors with AVX2 large products in f32 have a kernel of our own (`fma`) in the default
+//! build. Threads share out pieces of the result whose sizes follow from the shape alone: the same call
 //! gives the same bits on any number of threads.
 
 use crate::cpu::{Float, parallel};
@@ -87,6 +88,15 @@ pub(crate) enum Threads {
 /// Multiplications that a product shared by several threads has at least: about 0.1 ms of work.
 const SHARED: usize = 1 << 22;
 
+/// What a product is added to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Onto<'a, T> {
+    /// What the result held, times a factor. Where that is 0, it is not read.
+    Itself(T),
+    /// This row, in every row: a bias.
+    Row(&'a [T]),
+}
+
 /// c ← alpha·a·b + beta·c, with a (m×k), b (k×n), c (m×n). Where beta is 0, c is not read. Strides
 /// of a and b may be 0.
 pub(crate) fn gemm<T: Float>(
@@ -97,6 +107,18 @@ pub(crate) fn gemm<T: Float>(
     c: MatMut<'_, T>,
     threads: Threads,
 ) {
+    gemm_onto(alpha, a, b, Onto::Itself(beta), c, threads);
+}
+
+/// c ← alpha·a·b + what it is put onto; see [`gemm`].
+pub(crate) fn gemm_onto<T: Float>(
+    alpha: T,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    onto: Onto<'_, T>,
+    c: MatMut<'_, T>,
+    threads: Threads,
+) {
     assert_eq!((a.rows, b.cols, a.cols), (c.rows, c.cols, b.rows), "product of matrices that do not fit");
     let (m, n, k) = (c.rows, c.cols, a.cols);
     if m == 0 || n == 0 {
@@ -104,8 +126,11 @@ pub(crate) fn gemm<T: Float>(
     }
     assert!((m - 1) * c.row + (n - 1) * c.col < c.data.len(), "result outside of its slice");
     assert!(m == 1 || n == 1 || c.row >= n * c.col || c.col >= m * c.row, "result overlaps itself");
+    if let Onto::Row(row) = onto {
+        assert_eq!(row.len(), n, "a row that does not fit");
+    }
     if k == 0 || alpha == T::ZERO {
-        return scale(beta, c);
+        return start(onto, c);
     }
     assert!((m - 1) * a.row + (k - 1) * a.col < a.data.len(), "left factor outside of its slice");
     assert!((k - 1) * b.row + (n - 1) * b.col < b.data.len(), "right factor outside of its slice");
@@ -114,10 +139,35 @@ pub(crate) fn gemm<T: Float>(
     // its slice, and no two elements of c are the same.
     unsafe {
         match threads {
-            Threads::Pool if m * n * k >= SHARED => tiles(alpha, a, b, beta, out),
-            _ => T::gemm(alpha, a, b, beta, out),
+            Threads::Pool if m * n * k >= SHARED => {
+                if !T::shared(alpha, a, b, onto, out) {
+                    tiles(alpha, a, b, onto, out);
+                }
+            }
+            _ => one(alpha, a, b, onto, out),
         }
     }
+}
+
+/// The product on the calling thread.
+///
+/// # Safety
+/// That of [`Gemm::gemm`].
+unsafe fn one<T: Float>(alpha: T, a: Mat<'_, T>, b: Mat<'_, T>, onto: Onto<'_, T>, out: Out<T>) {
+    let beta = match onto {
+        Onto::Itself(beta) => beta,
+        Onto::Row(row) => {
+            for i in 0..out.rows {
+                for (j, &x) in row.iter().enumerate() {
+                    // SAFETY: an element of the result.
+                    unsafe { *out.data.add(i * out.row + j * out.col) = x }
+                }
+            }
+            T::ONE
+        }
+    };
+    // SAFETY: the caller's.
+    unsafe { T::gemm(alpha, a, b, beta, out) }
 }
 
 /// Rows and columns of the result in a tile, about: large enough that each tile's own packing of its
@@ -129,14 +179,18 @@ const TILE: (usize, usize) = (192, 384);
 ///
 /// # Safety
 /// That of [`Gemm::gemm`].
-unsafe fn tiles<T: Float>(alpha: T, a: Mat<'_, T>, b: Mat<'_, T>, beta: T, out: Out<T>) {
+unsafe fn tiles<T: Float>(alpha: T, a: Mat<'_, T>, b: Mat<'_, T>, onto: Onto<'_, T>, out: Out<T>) {
     let (rows, cols) = (pieces(out.rows, TILE.0), pieces(out.cols, TILE.1));
     let across = out.cols.div_ceil(cols);
     parallel::run(out.rows.div_ceil(rows) * across, 1, &|i| {
         let (i, j) = (i / across * rows, i % across * cols);
         let (m, n) = (rows.min(out.rows - i), cols.min(out.cols - j));
+        let onto = match onto {
+            Onto::Row(row) => Onto::Row(&row[j..j + n]),
+            itself => itself,
+        };
         // SAFETY: the tile lies within what the caller vouches for, and no other tile has its elements.
-        unsafe { T::gemm(alpha, a.rows(i, m), b.columns(j, n), beta, out.tile(i, j, m, n)) }
+        unsafe { one(alpha, a.rows(i, m), b.columns(j, n), onto, out.tile(i, j, m, n)) }
     });
 }
 
@@ -149,11 +203,11 @@ fn pieces(all: usize, about: usize) -> usize {
 /// Where a result goes: a matrix behind a pointer, since tiles of one matrix are no slices of their own.
 #[derive(Clone, Copy)]
 pub(crate) struct Out<T> {
-    data: *mut T,
-    rows: usize,
-    cols: usize,
-    row: usize,
-    col: usize,
+    pub(super) data: *mut T,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row: usize,
+    pub(super) col: usize,
 }
 
 // SAFETY: a pointer is no access; who writes through it says why no one else does.
@@ -166,7 +220,7 @@ impl<T> Out<T> {
     ///
     /// # Safety
     /// It must lie within the matrix.
-    unsafe fn tile(self, i: usize, j: usize, m: usize, n: usize) -> Out<T> {
+    pub(super) unsafe fn tile(self, i: usize, j: usize, m: usize, n: usize) -> Out<T> {
         // SAFETY: the caller's.
         Out { data: unsafe { self.data.add(i * self.row + j * self.col) }, rows: m, cols: n, ..self }
     }
@@ -177,18 +231,33 @@ impl<T> Out<T> {
     }
 }
 
-/// c ← beta·c.
-fn scale<T: Float>(beta: T, c: MatMut<'_, T>) {
+/// c ← what a product that is 0 is put onto.
+fn start<T: Float>(onto: Onto<'_, T>, c: MatMut<'_, T>) {
     for i in 0..c.rows {
         for j in 0..c.cols {
             let at = &mut c.data[i * c.row + j * c.col];
-            *at = if beta == T::ZERO { T::ZERO } else { *at * beta };
+            *at = match onto {
+                Onto::Row(row) => row[j],
+                Onto::Itself(beta) if beta == T::ZERO => T::ZERO,
+                Onto::Itself(beta) => *at * beta,
+            };
         }
     }
 }
 
-/// The product for one element type, on the calling thread.
+/// The product for one element type.
 pub(crate) trait Gemm: Copy {
+    /// c ← alpha·a·b + what it is put onto, shared by the threads of the pool, if there is a way of
+    /// its own for that; whether there was.
+    ///
+    /// # Safety
+    /// That of [`Gemm::gemm`].
+    unsafe fn shared(_: Self, _: Mat<'_, Self>, _: Mat<'_, Self>, _: Onto<'_, Self>, _: Out<Self>) -> bool {
+        false
+    }
+
+    /// c ← alpha·a·b + beta·c on the calling thread.
+    ///
     /// # Safety
     /// Every element that the strides reach must lie in its slice or matrix, the elements of the result
     /// must be distinct and nobody else's, and no dimension may be 0.
@@ -197,6 +266,18 @@ pub(crate) trait Gemm: Copy {
 
 #[cfg(feature = "fast")]
 impl Gemm for f32 {
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn shared(
+        alpha: f32,
+        a: Mat<'_, f32>,
+        b: Mat<'_, f32>,
+        onto: Onto<'_, f32>,
+        out: Out<f32>,
+    ) -> bool {
+        // SAFETY: the caller's.
+        unsafe { crate::cpu::fma::product(alpha, a, b, onto, out) }
+    }
+
     unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
         // The kernels want the result's rows next to each other: compute cᵀ = bᵀ·aᵀ otherwise.
         let (a, b, out) = if out.col < out.row { (b.t(), a.t(), out.t()) } else { (a, b, out) };
@@ -331,6 +412,52 @@ mod tests {
             for (g, w) in got.iter().zip(&want) {
                 prop_assert!((g - w).abs() < 1e-12 * (k as f64 + 1.0), "{g} {w}");
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// In f32, each as it is chosen and as large products are computed.
+        #[test]
+        fn single_precision_equals_the_slow_twin(
+            (m, n, k) in (size(), size(), 1usize..900),
+            (ta, tb, bias) in any::<(bool, bool, bool)>(),
+            pad in 0usize..3,
+            beta in prop_oneof![Just(0.0), Just(1.0), Just(-0.5)],
+        ) {
+            let (m, n) = (m.max(1), n.max(1));
+            let mat = |rows: usize, cols: usize, t: bool| if t { (cols, rows) } else { (rows, cols) };
+            let ((ar, ac), (br, bc)) = (mat(m, k, ta), mat(k, n, tb));
+            // Numbers that f32 holds exactly.
+            let (a, b, row) = (random(ar * (ac + pad), 1), random(br * (bc + pad), 2), random(n, 4));
+            let narrow = |v: &[f64]| v.iter().map(|&x| x as f32).collect::<Vec<_>>();
+            let (a32, b32, row32) = (narrow(&a), narrow(&b), narrow(&row));
+            fn view<T>(data: &[T], (rows, cols, pad, t): (usize, usize, usize, bool)) -> Mat<'_, T> {
+                let m = Mat { data, rows, cols, row: cols + pad, col: 1 };
+                if t { m.t() } else { m }
+            }
+            let (a_form, b_form) = ((ar, ac, pad, ta), (br, bc, pad, tb));
+            let mut want = if bias { row.repeat(m) } else { random(m * n, 3) };
+            let before = narrow(&want);
+            let (beta, onto) = match bias {
+                true => (1.0, Onto::Row(&row32[..])),
+                false => (beta, Onto::Itself(beta as f32)),
+            };
+            naive(0.5, view(&a, a_form), view(&b, b_form), beta, MatMut::new(&mut want, m, n));
+            let (a, b) = (view(&a32[..], a_form), view(&b32[..], b_form));
+            let close = |got: &[f32]| {
+                got.iter().zip(&want).all(|(&g, &w)| (g as f64 - w).abs() < 1e-5 * (1.0 + (k as f64).sqrt()))
+            };
+            for threads in [Threads::One, Threads::Pool] {
+                let mut got = if bias { vec![f32::NAN; m * n] } else { before.clone() };
+                gemm_onto(0.5, a, b, onto, MatMut::new(&mut got, m, n), threads);
+                prop_assert!(close(&got), "{threads:?}");
+            }
+            let mut got = if bias { vec![f32::NAN; m * n] } else { before };
+            let out = Out { data: got.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
+            // SAFETY: three matrices within their slices, none of them empty.
+            let own = unsafe { <f32 as Gemm>::shared(0.5, a, b, onto, out) };
+            prop_assert!(!own || close(&got), "as a large product");
         }
     }
 

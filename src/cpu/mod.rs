@@ -1,6 +1,8 @@
 //! The processor's kernels: plain slices in, plain slices out. Nothing here knows of graphs.
 
 pub(crate) mod elementwise;
+#[cfg(all(feature = "fast", target_arch = "x86_64"))]
+mod fma;
 pub(crate) mod gemm;
 pub(crate) mod math;
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Dropout, whose mask is a function of a key: nothing is drawn "next", nothing is saved.
 
-use crate::cpu::elementwise;
+use crate::compute;
 use crate::cpu::parallel::{self, GRAIN};
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, dispatch};
@@ -58,15 +58,35 @@ pub(crate) fn mask_range<T: Float>(key: DropoutKey, p: f64, from: u64, out: &mut
 
 /// x times the mask that belongs to its elements.
 pub(crate) fn mask_in_place<T: Float>(key: DropoutKey, p: f64, x: &mut [T]) {
+    parallel::chunks(x, GRAIN, &|i, x| mask_from(key, p, (i * GRAIN) as u64, x));
+}
+
+/// x times elements `from..from + x.len()` of the mask, on the calling thread.
+pub(crate) fn mask_from<T: Float>(key: DropoutKey, p: f64, from: u64, x: &mut [T]) {
     const PART: usize = 1024;
-    parallel::chunks(x, GRAIN, &|i, x| {
-        let mut mask = [T::ZERO; PART];
-        for (j, x) in x.chunks_mut(PART).enumerate() {
-            let mask = &mut mask[..x.len()];
-            mask_range(key, p, (i * GRAIN + j * PART) as u64, mask);
-            x.iter_mut().zip(mask).for_each(|(x, m)| *x = *x * *m);
+    let mut mask = [T::ZERO; PART];
+    for (i, x) in x.chunks_mut(PART).enumerate() {
+        let mask = &mut mask[..x.len()];
+        mask_range(key, p, from + (i * PART) as u64, mask);
+        vectorize(Times { x, mask });
+    }
+}
+
+/// x ← x∘mask.
+pub(crate) struct Times<'a, T> {
+    pub(crate) x: &'a mut [T],
+    pub(crate) mask: &'a [T],
+}
+
+impl<T: Float> Kernel for Times<'_, T> {
+    type Element = T;
+    type Out = ();
+    #[inline(always)]
+    fn run(self) {
+        for (x, &m) in self.x.iter_mut().zip(self.mask) {
+            *x = *x * m;
         }
-    });
+    }
 }
 
 struct Mask<'a, T> {
@@ -97,10 +117,13 @@ struct Dropout {
 
 impl Dropout {
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
+        let x = compute::contiguous(x)?;
         dispatch!("dropout", x.dtype(), T => {
-            let mut y = x.device().host().buffer::<T>(x.numel())?;
-            elementwise::map(x.view::<T>()?, &mut y, |x| x);
-            mask_in_place(self.key, self.p, &mut y);
+            let (from, mut y) = (x.elements::<T>()?, x.device().host().buffer::<T>(x.numel())?);
+            parallel::chunks(&mut y, GRAIN, &|i, y| {
+                y.copy_from_slice(&from[i * GRAIN..][..y.len()]);
+                mask_from(self.key, self.p, (i * GRAIN) as u64, y);
+            });
             Ok(Tensor::from_buffer(y, *x.shape(), x.device()))
         })
     }

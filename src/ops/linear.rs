@@ -2,7 +2,7 @@
 
 use crate::compute;
 use crate::cpu::elementwise::{self, View};
-use crate::cpu::gemm::{Mat, MatMut, Threads, gemm};
+use crate::cpu::gemm::{Mat, MatMut, Onto, Threads, gemm, gemm_onto};
 use crate::cpu::{Float, dispatch, parallel};
 use crate::dtype::{BF16, DType, F16};
 use crate::error::{Error, Result};
@@ -33,16 +33,13 @@ impl Op for Linear {
         let rows = compute::rows(x)?;
         let y = dispatch!("linear", x.dtype(), T => {
             let mut y = x.device().host().buffer::<T>(shape.numel())?;
-            let beta = match bias {
-                // The product adds to it: one pass over y less than adding it after.
-                Some(bias) => {
-                    fill_rows(&mut y, compute::contiguous(bias)?.elements::<T>()?);
-                    T::ONE
-                }
-                None => T::ZERO,
-            };
             let x = matrix(rows.host::<T>()?, rows.layout(), rows.layout().offset());
-            frozen_forward(x, w, MatMut::new(&mut y, x.rows, outputs), beta)?;
+            let bias = bias.map(|bias| compute::contiguous(bias)).transpose()?;
+            let onto = match &bias {
+                Some(bias) => Onto::Row(bias.elements::<T>()?),
+                None => Onto::Itself(T::ZERO),
+            };
+            affine(x, w, MatMut::new(&mut y, x.rows, outputs), onto)?;
             Ok(Tensor::from_buffer(y, shape, rows.device()))
         })?;
         Ok((y, vec![]))
@@ -120,9 +117,18 @@ pub(crate) fn fill_rows<T: Float>(y: &mut [T], row: &[T]) {
 /// y ← x·Wᵀ + beta·y for rows x (t×in) and a weight W (out×in) with any strides, in the type of x
 /// or stored in bf16 or f16. The sizes must fit.
 pub(crate) fn frozen_forward<T: Float>(x: Mat<'_, T>, w: &Tensor, y: MatMut<'_, T>, beta: T) -> Result<()> {
+    affine(x, w, y, Onto::Itself(beta))
+}
+
+/// y ← x·Wᵀ + what it is put onto, in the pass over y that the product makes anyway.
+fn affine<T: Float>(x: Mat<'_, T>, w: &Tensor, y: MatMut<'_, T>, onto: Onto<'_, T>) -> Result<()> {
     panels(w, |from, panel| {
         let y = MatMut { data: &mut y.data[..], ..y }.columns(from, panel.rows);
-        gemm(T::ONE, x, panel.t(), beta, y, Threads::Pool);
+        let onto = match onto {
+            Onto::Row(row) => Onto::Row(&row[from..from + panel.rows]),
+            itself => itself,
+        };
+        gemm_onto(T::ONE, x, panel.t(), onto, y, Threads::Pool);
     })
 }
 

@@ -3,9 +3,9 @@
 
 use crate::cpu::Float;
 use crate::cpu::gemm::{Mat, MatMut, Threads, gemm};
-use crate::cpu::reduce::{Max, Sum, fold_row};
+use crate::cpu::reduce::{Max, Sum, fold_row, fold_zip};
 use crate::cpu::simd::{Kernel, vectorize};
-use crate::ops::dropout::{DropoutKey, mask_range};
+use crate::ops::dropout::{DropoutKey, Times, mask_range};
 
 /// Queries in a block.
 const BLOCK: usize = 64;
@@ -23,79 +23,96 @@ pub(super) struct Head<'a, T> {
     pub(super) number: usize,
 }
 
-/// Where the gradients of one head go: dq is overwritten, dk and dv are added to.
-pub(super) struct HeadGradients<'a, T> {
-    pub(super) dq: Option<&'a mut [T]>,
+/// What forward found for one head, and the gradient of its output.
+pub(super) struct Found<'a, T> {
+    pub(super) y: Mat<'a, T>,
+    pub(super) lse: &'a [T],
+    pub(super) dy: Mat<'a, T>,
+}
+
+/// Where the gradients of one head go: dq is overwritten, dk and dv (rows one after another) are
+/// added to.
+pub(super) struct HeadGradients<'a, 'r, T> {
+    pub(super) dq: Option<&'a mut [&'r mut [T]]>,
     pub(super) dk: Option<&'a mut [T]>,
     pub(super) dv: Option<&'a mut [T]>,
 }
 
-/// The scratch that a head with `t` queries and `tk` keys needs: two blocks and a row of the mask.
-pub(super) fn scratch_len(t: usize, tk: usize) -> usize {
-    (2 * BLOCK.min(t) + 1) * tk
+/// Elements of the dropout mask that are made in one go, where a row has fewer.
+const MASK: usize = 1024;
+
+/// The scratch that a head with `t` queries and `tk` keys needs: two blocks of probabilities, one of
+/// rows of `width`, and a part of the mask.
+pub(super) fn scratch_len(t: usize, tk: usize, width: usize) -> usize {
+    BLOCK.min(t) * (2 * tk + width) + tk.max(MASK)
 }
 
 impl<T: Float> Head<'_, T> {
-    /// y (t×e) and the log-sum-exp of each query's scores.
-    pub(super) fn forward(&self, scratch: &mut [T], y: &mut [T], lse: &mut [T]) {
-        let e = self.v.cols;
+    /// y (t rows of e) and the log-sum-exp of each query's scores.
+    pub(super) fn forward(&self, scratch: &mut [T], y: &mut [&mut [T]], lse: &mut [T]) {
+        let (e, most) = (self.v.cols, BLOCK.min(self.q.rows));
         // Where a block sees no key at all, no row below says so.
         lse.fill(T::from_f64(f64::NEG_INFINITY));
-        let (block, mask) = scratch.split_at_mut(BLOCK.min(self.q.rows) * self.k.rows);
+        let (p_block, rest) = scratch.split_at_mut(most * self.k.rows);
+        let (y_block, mask) = rest.split_at_mut(most * e);
         for (from, n) in self.blocks() {
-            let cols = self.scores(from, n, block);
-            let p = &mut block[..n * cols];
-            for (i, row) in (from..).zip(p.chunks_exact_mut(cols.max(1))) {
+            let cols = self.scores(from, n, p_block);
+            let (p, y_block) = (&mut p_block[..n * cols], &mut y_block[..n * e]);
+            self.each_query(from, n, cols, mask, |i, mask| {
+                let row = &mut p[(i - from) * cols..][..cols];
                 let (seen, unseen) = row.split_at_mut(self.seen(i));
                 unseen.fill(T::ZERO);
                 lse[i] = vectorize(Softmax { row: seen, keys: self.keys });
-                if let Some(mask) = self.mask(i, cols, mask) {
-                    vectorize(Times { row, mask });
+                if let Some(mask) = mask {
+                    vectorize(Times { x: row, mask });
                 }
-            }
-            let y = MatMut::new(&mut y[from * e..(from + n) * e], n, e);
-            gemm(T::ONE, Mat::new(p, n, cols), self.v.rows(0, cols), T::ZERO, y, Threads::One);
+            });
+            let product = MatMut::new(y_block, n, e);
+            gemm(T::ONE, Mat::new(p, n, cols), self.v.rows(0, cols), T::ZERO, product, Threads::One);
+            copy_rows(y_block, e, &mut y[from..from + n]);
         }
     }
 
     /// The gradients, given what forward found and dy.
-    pub(super) fn backward(&self, y: &[T], lse: &[T], dy: &[T], scratch: &mut [T], to: HeadGradients<'_, T>) {
-        let (d, e) = (self.q.cols, self.v.cols);
+    pub(super) fn backward(&self, found: &Found<'_, T>, scratch: &mut [T], to: HeadGradients<'_, '_, T>) {
+        let (d, e, most) = (self.q.cols, self.v.cols, BLOCK.min(self.q.rows));
         let HeadGradients { mut dq, mut dk, mut dv } = to;
-        let len = BLOCK.min(self.q.rows) * self.k.rows;
-        let (p_block, rest) = scratch.split_at_mut(len);
-        let (ds_block, mask) = rest.split_at_mut(len);
+        let (p_block, rest) = scratch.split_at_mut(most * self.k.rows);
+        let (ds_block, rest) = rest.split_at_mut(most * self.k.rows);
+        let (dq_block, mask) = rest.split_at_mut(most * d);
         for (from, n) in self.blocks() {
             let cols = self.scores(from, n, p_block);
             let (p, ds) = (&mut p_block[..n * cols], &mut ds_block[..n * cols]);
-            let dy_block = Mat::new(&dy[from * e..(from + n) * e], n, e);
+            let dy_block = found.dy.rows(from, n);
             let scores_too = dq.is_some() || dk.is_some();
             if scores_too {
                 let dp = MatMut::new(ds, n, cols);
                 gemm(T::ONE, dy_block, self.v.rows(0, cols).t(), T::ZERO, dp, Threads::One);
             }
-            let rows = p.chunks_exact_mut(cols.max(1)).zip(ds.chunks_exact_mut(cols.max(1)));
-            for (i, (p, ds)) in (from..).zip(rows) {
+            self.each_query(from, n, cols, mask, |i, mask| {
+                let row = (i - from) * cols..(i - from + 1) * cols;
+                let (p, ds) = (&mut p[row.clone()], &mut ds[row]);
                 let (seen, unseen) = p.split_at_mut(self.seen(i));
                 unseen.fill(T::ZERO);
-                vectorize(Probabilities { row: seen, keys: self.keys, lse: lse[i] });
-                let mask = self.mask(i, cols, mask);
+                vectorize(Probabilities { row: seen, keys: self.keys, lse: found.lse[i] });
                 if scores_too {
-                    let (y, dy) = (&y[i * e..(i + 1) * e], &dy[i * e..(i + 1) * e]);
-                    vectorize(ScoreGradient { p, mask, y, dy, ds });
+                    let (y, dy) = (found.y.rows(i, 1).data, found.dy.rows(i, 1).data);
+                    vectorize(ScoreGradient { p, mask, y: &y[..e], dy: &dy[..e], ds });
                 }
                 if let Some(mask) = mask {
-                    vectorize(Times { row: p, mask });
+                    vectorize(Times { x: p, mask });
                 }
-            }
+            });
             if let Some(dv) = dv.as_deref_mut() {
                 let dv = MatMut::new(&mut dv[..cols * e], cols, e);
                 gemm(T::ONE, Mat::new(p, n, cols).t(), dy_block, T::ONE, dv, Threads::One);
             }
             let (scale, ds) = (T::from_f64(self.scale), Mat::new(ds, n, cols));
             if let Some(dq) = dq.as_deref_mut() {
-                let dq = MatMut::new(&mut dq[from * d..(from + n) * d], n, d);
-                gemm(scale, ds, self.k.rows(0, cols), T::ZERO, dq, Threads::One);
+                let dq_block = &mut dq_block[..n * d];
+                let product = MatMut::new(dq_block, n, d);
+                gemm(scale, ds, self.k.rows(0, cols), T::ZERO, product, Threads::One);
+                copy_rows(dq_block, d, &mut dq[from..from + n]);
             }
             if let Some(dk) = dk.as_deref_mut() {
                 let dk = MatMut::new(&mut dk[..cols * d], cols, d);
@@ -125,13 +142,33 @@ impl<T: Float> Head<'_, T> {
         cols
     }
 
-    /// The dropout mask of query `i` for its first keys, made in `out`.
-    fn mask<'m>(&self, i: usize, cols: usize, out: &'m mut [T]) -> Option<&'m [T]> {
-        let (p, key) = self.dropout?;
-        let at = (self.number * self.q.rows + i) as u64 * self.k.rows as u64;
-        mask_range(key, p, at, &mut out[..cols]);
-        Some(&out[..cols])
+    /// Calls `f` for queries `from..from + n` with the dropout mask of each for its first `cols` keys,
+    /// made in `out`.
+    fn each_query(
+        &self,
+        from: usize,
+        n: usize,
+        cols: usize,
+        out: &mut [T],
+        mut f: impl FnMut(usize, Option<&[T]>),
+    ) {
+        let Some((p, key)) = self.dropout else {
+            return (from..from + n).for_each(|i| f(i, None));
+        };
+        let tk = self.k.rows;
+        let at_once = (MASK / tk.max(1)).max(1);
+        for first in (from..from + n).step_by(at_once) {
+            let rows = at_once.min(from + n - first);
+            let at = (self.number * self.q.rows + first) as u64 * tk as u64;
+            mask_range(key, p, at, &mut out[..(rows - 1) * tk + cols]);
+            (0..rows).for_each(|i| f(first + i, Some(&out[i * tk..][..cols])));
+        }
     }
+}
+
+/// Rows of `width` that lie one after another, to where each belongs.
+pub(super) fn copy_rows<T: Float>(from: &[T], width: usize, to: &mut [&mut [T]]) {
+    to.iter_mut().zip(from.chunks(width.max(1))).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// Scores made into probabilities; returns their log-sum-exp. Without any key that may be attended
@@ -209,7 +246,7 @@ impl<T: Float> Kernel for ScoreGradient<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run(self) {
-        let delta: T = self.y.iter().zip(self.dy).map(|(&y, &dy)| y * dy).sum();
+        let delta = fold_zip(self.y, self.dy, Sum, |y, dy| y * dy);
         match self.mask {
             Some(mask) => {
                 for ((ds, &p), &m) in self.ds.iter_mut().zip(self.p).zip(mask) {
@@ -221,23 +258,6 @@ impl<T: Float> Kernel for ScoreGradient<'_, T> {
                     *ds = p * (*ds - delta);
                 }
             }
-        }
-    }
-}
-
-/// row ← row∘mask.
-struct Times<'a, T> {
-    row: &'a mut [T],
-    mask: &'a [T],
-}
-
-impl<T: Float> Kernel for Times<'_, T> {
-    type Element = T;
-    type Out = ();
-    #[inline(always)]
-    fn run(self) {
-        for (p, &m) in self.row.iter_mut().zip(self.mask) {
-            *p = *p * m;
         }
     }
 }

@@ -8,14 +8,14 @@ use crate::compute;
 use crate::cpu::elementwise::View;
 use crate::cpu::gemm::Mat;
 use crate::cpu::{Float, dispatch, parallel};
-use crate::device::Buffer;
+use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::ops::dropout::{DropoutKey, check_rate};
 use crate::ops::matmul::matrix;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
-use head::{Head, HeadGradients, scratch_len};
+use head::{Found, Head, HeadGradients, copy_rows, scratch_len};
 
 /// What [`Tensor::attention`] may attend to, and how.
 #[derive(Clone, Debug, Default)]
@@ -112,15 +112,11 @@ impl<'a, T: Float> Heads<'a, T> {
     fn head(&self, number: usize) -> Head<'a, T> {
         let Sizes { h, tk, d, .. } = self.sizes;
         let (b, h_q) = (number / h, number % h);
-        let one = |view: View<'a, T>, h: usize| -> Mat<'a, T> {
-            let strides = view.layout.strides();
-            matrix(view.data, view.layout, view.layout.offset() + b * strides[0] + h * strides[1])
-        };
         let h_kv = h_q / self.sizes.group();
         Head {
-            q: one(self.q, h_q),
-            k: one(self.k, h_kv),
-            v: one(self.v, h_kv),
+            q: head_of(self.q, b, h_q),
+            k: head_of(self.k, b, h_kv),
+            v: head_of(self.v, b, h_kv),
             scale: self.options.scale.unwrap_or(1.0 / (d.max(1) as f64).sqrt()),
             causal: self.options.causal,
             keys: self.options.keys.as_deref().map(|keys| &keys[b * tk..(b + 1) * tk]),
@@ -152,14 +148,14 @@ impl Op for Attention {
             let heads = Heads::<T>::new(&self.0, x)?;
             let mut y = device.host().buffer::<T>(shape.numel())?;
             let mut lse = device.host().buffer::<T>(b * h * t)?;
-            let tasks = parallel::pieces(&mut y, b * h).into_iter().zip(parallel::pieces(&mut lse, b * h));
-            parallel::each(tasks.collect(), sizes.cost(), &|i, (y, lse)| {
-                let mut scratch = device.host().scratch::<T>(scratch_len(t, tk))?;
-                heads.head(i).forward(&mut scratch, y, lse);
+            let tasks = by_head(&mut y, [b, t, h, e]).into_iter().zip(parallel::pieces(&mut lse, b * h));
+            parallel::each(tasks.collect(), sizes.cost(), &|i, (mut y, lse)| {
+                let mut scratch = device.host().scratch::<T>(scratch_len(t, tk, e))?;
+                heads.head(i).forward(&mut scratch, &mut y, lse);
                 Ok(())
             })?;
             let lse = Tensor::from_buffer(lse, Shape::new(&[b, h, t])?, device);
-            Ok((Tensor::from_buffer(y, shape, device), vec![lse]))
+            Ok((places_first(y, [b, t, h, e], device)?, vec![lse]))
         })
     }
 
@@ -171,7 +167,8 @@ impl Op for Attention {
         dy: &Tensor,
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        let dy = compute::contiguous(dy)?;
+        // Rows are read as slices.
+        let dy = if dy.layout().strides()[3] == 1 { dy.detach() } else { compute::contiguous(dy)? };
         dispatch!("attention", dy.dtype(), T => self.gradients::<T>(x, y, &aux[0], &dy, need))
     }
 
@@ -191,44 +188,79 @@ impl Attention {
     ) -> Result<Vec<Option<Tensor>>> {
         let device = y.device();
         let heads = Heads::<T>::new(&self.0, x)?;
-        let Sizes { b, h_kv, t, tk, d, e, .. } = heads.sizes;
-        let (y, lse, dy) = (y.elements::<T>()?, lse.elements::<T>()?, dy.elements::<T>()?);
+        let Sizes { b, h, h_kv, t, tk, d, e } = heads.sizes;
+        let (y, lse, dy) = (y.view::<T>()?, lse.elements::<T>()?, dy.view::<T>()?);
         let buffer = |i: usize| need[i].then(|| device.host().buffer::<T>(x[i].numel())).transpose();
         let (mut dq, mut dk, mut dv) = (buffer(0)?, buffer(1)?, buffer(2)?);
         // The heads that share k and v are one task: their sums into dk and dv have one order.
         let group = heads.sizes.group();
-        let tasks = pieces(&mut dq, b * h_kv)
-            .into_iter()
-            .zip(pieces(&mut dk, b * h_kv))
-            .zip(pieces(&mut dv, b * h_kv));
-        parallel::each(tasks.collect(), 2 * group * heads.sizes.cost(), &|i, ((mut dq, mut dk), mut dv)| {
-            let mut scratch = device.host().scratch::<T>(scratch_len(t, tk))?;
-            dk.iter_mut().chain(&mut dv).for_each(|sum| sum.fill(T::ZERO));
+        let mut of_q = rows_of(&mut dq, [b, t, h, d]);
+        let tasks = (of_q.chunks_mut(group.max(1)))
+            .zip(rows_of(&mut dk, [b, tk, h_kv, d]))
+            .zip(rows_of(&mut dv, [b, tk, h_kv, e]));
+        parallel::each(tasks.collect(), 2 * group * heads.sizes.cost(), &|i, ((dq, mut dk), mut dv)| {
+            let mut scratch = device.host().scratch::<T>(scratch_len(t, tk, d))?;
+            let mut sums = device.host().scratch::<T>(tk * (d + e))?;
+            sums.fill(T::ZERO);
+            let (sum_k, sum_v) = sums.split_at_mut(tk * d);
             for g in 0..group {
                 let number = i * group + g;
-                let (y, dy) = (&y[number * t * e..][..t * e], &dy[number * t * e..][..t * e]);
-                let to = HeadGradients {
-                    dq: dq.as_deref_mut().map(|dq| &mut dq[g * t * d..(g + 1) * t * d]),
-                    dk: dk.as_deref_mut(),
-                    dv: dv.as_deref_mut(),
+                let found = Found {
+                    y: head_of(y, number / h, number % h),
+                    lse: &lse[number * t..][..t],
+                    dy: head_of(dy, number / h, number % h),
                 };
-                heads.head(number).backward(y, &lse[number * t..][..t], dy, &mut scratch, to);
+                let to = HeadGradients {
+                    dq: dq[g].as_deref_mut(),
+                    dk: dk.is_some().then_some(&mut *sum_k),
+                    dv: dv.is_some().then_some(&mut *sum_v),
+                };
+                heads.head(number).backward(&found, &mut scratch, to);
             }
+            dk.iter_mut().for_each(|dk| copy_rows(sum_k, d, dk));
+            dv.iter_mut().for_each(|dv| copy_rows(sum_v, e, dv));
             Ok(())
         })?;
-        let tensor = |(gradient, x): (Option<Buffer<T>>, &&Tensor)| {
-            gradient.map(|gradient| Tensor::from_buffer(gradient, *x.shape(), device))
+        let tensor = |gradient: Option<Buffer<T>>, dims| {
+            gradient.map(|gradient| places_first(gradient, dims, device)).transpose()
         };
-        Ok([dq, dk, dv].into_iter().zip(x).map(tensor).collect())
+        Ok(vec![tensor(dq, [b, t, h, d])?, tensor(dk, [b, tk, h_kv, d])?, tensor(dv, [b, tk, h_kv, e])?])
     }
 }
 
-/// A buffer that may be missing, in `n` equal pieces.
-fn pieces<T: Float>(buffer: &mut Option<Buffer<T>>, n: usize) -> Vec<Option<&mut [T]>> {
-    match buffer {
-        Some(buffer) => parallel::pieces(buffer, n).into_iter().map(Some).collect(),
-        None => (0..n).map(|_| None).collect(),
+/// One head of (B, H, T, w).
+fn head_of<'a, T: Float>(x: View<'a, T>, b: usize, h: usize) -> Mat<'a, T> {
+    let strides = x.layout.strides();
+    matrix(x.data, x.layout, x.layout.offset() + b * strides[0] + h * strides[1])
+}
+
+/// The rows of each head, for each of (B, H), of a buffer that lies as (B, T, H, w).
+fn by_head<T>(x: &mut [T], [b, t, h, width]: [usize; 4]) -> Vec<Vec<&mut [T]>> {
+    let mut heads: Vec<Vec<&mut [T]>> = (0..b * h).map(|_| Vec::with_capacity(t)).collect();
+    let mut rest = x;
+    for place in 0..b * t {
+        for head in &mut heads[place / t * h..][..h] {
+            let (row, after) = rest.split_at_mut(width);
+            head.push(row);
+            rest = after;
+        }
     }
+    heads
+}
+
+/// [`by_head`] of a buffer that may be missing.
+fn rows_of<T: Float>(x: &mut Option<Buffer<T>>, dims: [usize; 4]) -> Vec<Option<Vec<&mut [T]>>> {
+    match x {
+        Some(x) => by_head(x, dims).into_iter().map(Some).collect(),
+        None => (0..dims[0] * dims[2]).map(|_| None).collect(),
+    }
+}
+
+/// The buffer (B, T, H, w) as a tensor (B, H, T, w): what comes before and after attention are layers
+/// over places, and (B, T, H·w) is then a view.
+fn places_first<T: Float>(x: Buffer<T>, dims: [usize; 4], device: &Device) -> Result<Tensor> {
+    let x = Tensor::from_buffer(x, Shape::new(&dims)?, device);
+    Ok(x.with_layout(x.layout().permute(&[0, 2, 1, 3])?))
 }
 
 impl Tensor {
