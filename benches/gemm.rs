@@ -35,25 +35,25 @@ fn main() {
         ];
         for (name, product) in products {
             let run = || (0..repeat).for_each(|_| product());
-            let mut peaks = [0f64; 2];
+            let (mut peak_of_one, mut peak_of_all) = (0f64, 0f64);
             let ms = common::medians(
                 9,
                 &mut [
                     &mut || one.install(run),
                     &mut || run(),
-                    &mut || peaks[0] = peaks[0].max(one.install(peak)),
-                    &mut || peaks[1] = peaks[1].max(peak()),
+                    &mut || peak_of_one = peak_of_one.max(one.install(peak)),
+                    &mut || peak_of_all = peak_of_all.max(peak()),
                 ],
             );
             let gflops = |ms: f64| flops * repeat as f64 / ms / 1e6;
             let shape = format!("{t}×{inputs}→{outputs} {name}");
-            let share = |i: usize| format!("{:.0} %", 100.0 * gflops(ms[i]) / peaks[i]);
+            let share = |ms: f64, peak: f64| format!("{:.0} %", 100.0 * gflops(ms) / peak);
             println!(
                 "{shape:>24} {:>10.0} {:>6} {:>10.0} {:>6}",
                 gflops(ms[0]),
-                share(0),
+                share(ms[0], peak_of_one),
                 gflops(ms[1]),
-                share(1)
+                share(ms[1], peak_of_all)
             );
         }
     }

@@ -221,6 +221,13 @@ fn plans_count_what_is_trained() {
     }
     let bases = 4 * (4 * 18 + 18 * 5 * 4);
     assert_eq!(plan("randlora", rank)["bases_bytes"], bases);
+    let with = |bases: &str| plan("randlora", &["--rank", "4", "--bases", bases]);
+    for name in ["uniform", "normal", "signs", "sparse", "very-sparse"] {
+        assert_eq!(with(name)["bases_bytes"], bases, "{name}");
+    }
+    let block = with("block");
+    assert_eq!(block["bases_bytes"], 4 * (4 * 18 + 18 * 4));
+    assert_eq!(block["adapter_parameters"], 3 * 5 * (4 + 18));
     assert_eq!(plan("lora", rank)["bases_bytes"], 0);
 }
 
@@ -287,6 +294,8 @@ fn misuse_ends_with_2() {
         &[][..],
         &[model, "--method", "qlora"],
         &[model, "--rank", "4"],
+        &[model, "--bases", "block"],
+        &[model, "--method", "randlora", "--bases", "blocks"],
         &[model, "--method", "lora", "--rank", "0"],
         &[model, "--method", "lora", "--model", model],
     ] {

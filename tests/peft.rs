@@ -7,6 +7,7 @@ mod compact;
 #[path = "peft/torch_bases.rs"]
 mod torch_bases;
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,12 +15,12 @@ use std::path::{Path, PathBuf};
 use common::{
     Folder, OUTPUTS, batch, close, distance, expected, largest, load, oracle, says, tensors, values,
 };
-use randlora::adapters::{Lora, Targets, attach};
+use randlora::adapters::{Distribution, Lora, RandLora, RandLoraAdapter, Targets, attach};
 use randlora::io::{Access, PeftAdapter, PeftTask, SafeTensors, save_peft};
 use randlora::models::Bert;
-use randlora::nn::{Context, ItemMut, Module};
+use randlora::nn::{Context, Init, ItemMut, Module};
 use randlora::optim::{AdamW, Decay, Optimizer, Schedule, clip_gradients};
-use randlora::{DType, Error};
+use randlora::{DType, Device, Error, Pairing, Structure};
 use serde_json::Value;
 
 /// How far a loss of a training may be from PEFT's in f64, relative to it, over so many steps. What is
@@ -143,6 +144,54 @@ fn a_saved_adapter_is_the_file_that_peft_would_write() {
         want.values_mut().for_each(|(dtype, _, _)| *dtype = "F32".into());
         assert!(got == want, "{case}: {:?} and {:?}", got.keys(), want.keys());
         check_config(&case, &json(&saved.join(CONFIG)), &json(&adapter(&case).join(CONFIG)), &model);
+    }
+}
+
+/// PEFT's logits with such a file are in tests/oracle/our_adapters/block; see tests/cli_finetune.rs.
+#[test]
+fn block_bases_are_saved_with_their_zeros_and_read_without() {
+    let targets = Targets::names(&["query", "intermediate.dense", "output.dense"]);
+    for rank in [1, 5, 6] {
+        let mut model = base("peft_adapters", DType::F32);
+        let method = RandLora {
+            rank,
+            distribution: Distribution::Normal,
+            structure: Structure::Block,
+            pairing: Pairing::Peft,
+            ..RandLora::default()
+        };
+        attach(&mut model, &method, &targets, &[]).unwrap();
+        let init = Init::seeded(rank as u64, &Device::cpu());
+        let randomise = &mut |name: &str, item: ItemMut<'_>| match item {
+            ItemMut::Parameter(p) if name.contains("randlora") => {
+                p.set(init.normal(name, p.value().dims(), 0.04)?)
+            }
+            _ => Ok(()),
+        };
+        model.try_visit_mut(randomise).unwrap();
+        let folder = Folder::with(&format!("block-{rank}"), &[]);
+        let [first, second] = ["first", "second"].map(|name| folder.0.join(name));
+        save_peft(&model, &first, &PeftTask::default()).unwrap();
+        let file = tensors(&first.join(TENSORS));
+        assert_eq!(file.entry("base_model.randlora_B").unwrap().dims, [20, 20usize.div_ceil(rank), rank]);
+        let zeros = expected(&file, "base_model.randlora_B").iter().filter(|&&b| b == 0.0).count();
+        assert_eq!(zeros, 20 * (20usize.div_ceil(rank) - 1) * rank, "all but one basis in each row");
+
+        // In f64 the file is taken as it is: what was rounded are its entries, √n times ours.
+        for (dtype, structure) in [(DType::F32, Structure::Block), (DType::F64, Structure::Dense)] {
+            let again = adapted(&first, dtype);
+            close(&format!("rank {rank} {dtype}"), &logits(&again), &logits(&model), OUTPUTS[0].1);
+            for (_, layer) in again.linears().iter().filter(|(_, layer)| layer.adapter().is_some()) {
+                let adapter: &dyn Any = layer.adapter().unwrap();
+                let bases = adapter.downcast_ref::<RandLoraAdapter>().unwrap().bases();
+                assert_eq!(bases.structure(), structure);
+            }
+        }
+        let again = adapted(&first, DType::F32);
+        let plain = logits(&base("peft_adapters", DType::F32));
+        assert!(distance(&logits(&model), &plain) > 1e-2 * largest(&plain));
+        save_peft(&again, &second, &PeftTask::default()).unwrap();
+        assert!(fs::read(first.join(TENSORS)).unwrap() == fs::read(second.join(TENSORS)).unwrap());
     }
 }
 

@@ -7,7 +7,7 @@ usage: our_adapters.py [RANDLORA]    (the command as built; default: ../../targe
 Writes our_adapters/:
   rows.jsonl               24 rows of 3 to 12 tokens: input_ids, some with attention_mask, some with
                            token_type_ids; the label says whether the token 9 occurs
-  randlora/, lora/         as `finetune` saves them, trained on these rows from the model of
+  randlora/, block/, lora/ as `finetune` saves them, trained on these rows from the model of
                            peft_training.py, with a new classifier and dropout:
                            adapter_config.json, adapter_model.safetensors, randlora.json
     expected.safetensors   logits (24, 2) F64 by PEFT; written by check_adapter.py, which fails
@@ -24,9 +24,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "our_adapters"
 MODEL = "peft_training/model"
-METHODS = {
-    "randlora": ["--rank", "5", "--lr", "1e-2", "--targets", "query,value,intermediate.dense,output.dense"],
-    "lora": ["--rank", "3", "--lr", "3e-2", "--targets", "all-linear"],
+TARGETS = ["--targets", "query,value,intermediate.dense,output.dense"]
+ADAPTERS = {
+    "randlora": ["--method", "randlora", "--rank", "5", "--lr", "1e-2", *TARGETS],
+    # What of its bases is zero in PEFT's file is not there in training.
+    "block": ["--method", "randlora", "--bases", "block", "--rank", "5", "--lr", "1e-2", *TARGETS],
+    "lora": ["--method", "lora", "--rank", "3", "--lr", "3e-2", "--targets", "all-linear"],
 }
 
 
@@ -55,11 +58,11 @@ def main():
     FOLDER.mkdir()
     data = FOLDER / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(24)))
-    for method, options in METHODS.items():
-        saved = FOLDER / method
+    for name, options in ADAPTERS.items():
+        saved = FOLDER / name
         with tempfile.TemporaryDirectory() as scratch:
             out, logits = Path(scratch, "out"), Path(scratch, "logits.safetensors")
-            run(command, "finetune", "--model", MODEL, "--train", data, "--out", out, "--method", method,
+            run(command, "finetune", "--model", MODEL, "--train", data, "--out", out,
                 "--dropout", "0.1", "--batch-size", "8", "--epochs", "8", "--max-length", "16", *options)
             shutil.copytree(out / "last", saved)
             run(command, "eval", "--model", MODEL, "--adapter", saved, "--data", data, "--logits", logits)

@@ -74,7 +74,7 @@ impl PeftAdapter {
     ) -> Result<(Bases, Option<BasesOrigin>)> {
         let origin = self.origin_for(layers);
         if let Some(bases) = self.bases(device)? {
-            return Ok((bases, origin));
+            return Ok((without_zeros(bases, layers)?, origin));
         }
         let Some(origin) = origin else { return Err(self.error("nothing says what the bases follow from")) };
         // Room is made for what the layers need, not for what a file says.
@@ -93,4 +93,15 @@ impl PeftAdapter {
         }
         Ok((origin.generate(device)?, Some(origin)))
     }
+}
+
+/// Block bases that were saved with their zeros, or else the same bases. In f64 the dense ones are more exact: a
+/// file has √n·B rounded to f32.
+fn without_zeros(dense: Bases, layers: &[LayerInfo]) -> Result<Bases> {
+    let mut counts = layers.iter().map(|layer| layer.small().div_ceil(dense.rank()));
+    let Some(n) = counts.next() else { return Ok(dense) };
+    if counts.any(|other| other != n) || layers.iter().any(|layer| layer.dtype != DType::F32) {
+        return Ok(dense);
+    }
+    Ok(dense.blocks(n)?.unwrap_or(dense))
 }

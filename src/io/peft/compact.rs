@@ -114,13 +114,15 @@ fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
         |pick: fn(usize, usize) -> usize| saved.sizes.iter().map(|&[a, b]| pick(a, b)).max().unwrap_or(0);
     let (small, large) = (side(usize::min), side(usize::max));
     let read = small.div_ceil(rank);
-    // Block bases that went through PEFT's form have come back with their zeros.
-    let zeros_too = (again.structure(), bases.structure()) == (Structure::Block, Structure::Dense);
-    if zeros_too && saved.sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read) {
-        again = again.dense(read)?;
+    // Block bases may have been through PEFT's form, where they have their zeros, times √n and rounded.
+    let mut bases = Bases::clone(bases);
+    if again.structure() == Structure::Block
+        && saved.sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read)
+    {
+        (again, bases) = (again.dense(read)?, bases.dense(read)?);
     }
     let kind = |bases: &Bases| (bases.rank(), bases.structure(), bases.pairing());
-    if kind(&again) != kind(bases) || again.a().dims()[1] < small || again.b().dims()[0] < large {
+    if kind(&again) != kind(&bases) || again.a().dims()[1] < small || again.b().dims()[0] < large {
         return Ok(false);
     }
     let dense = bases.structure() == Structure::Dense;

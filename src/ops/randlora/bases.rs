@@ -153,6 +153,31 @@ impl Bases {
         Ok(Tensor::from_buffer(dense, shape, self.b.device()))
     }
 
+    /// The reverse of [`Bases::dense`]: block bases of which that makes exactly these, if there are any.
+    /// For bases in f32, as files have them.
+    pub(crate) fn blocks(&self, n: usize) -> Result<Option<Bases>> {
+        let &[large, bases, rank] = self.b.dims() else { return Ok(None) };
+        if n < 2 || n > bases || self.pairing != Pairing::Peft {
+            return Ok(None);
+        }
+        let factor = (n as f64).sqrt() as f32;
+        let mut blocks = Vec::with_capacity(large * rank);
+        for (d, row) in self.b.elements::<f32>()?.chunks(bases * rank).enumerate() {
+            let is_own = |q: usize| q < n * rank && q % n == d / rank % n;
+            for (q, &entry) in row.iter().enumerate() {
+                let quotient = entry / factor;
+                let near = [quotient, quotient.next_up(), quotient.next_down()];
+                match near.into_iter().find(|near| factor * near == entry) {
+                    Some(found) if is_own(q) => blocks.push(found),
+                    Some(_) if entry == 0.0 => {}
+                    _ => return Ok(None),
+                }
+            }
+        }
+        let b = Tensor::from_vec(blocks, [large, rank], self.b.device())?;
+        Bases::block(&self.a, &b).map(Some)
+    }
+
     /// An error where a layer is larger than the bases.
     pub(crate) fn check(&self, sizes: Sizes) -> Result<()> {
         let b = self.b.dims();

@@ -11,8 +11,10 @@ use crate::cpu::gemm::{Mat, MatMut, Threads, gemm};
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, parallel};
 
-/// Tokens that a thread works on at a time.
-const TOKENS: usize = 128;
+/// Tokens that a thread works on at a time: enough for a product's own costs, and some for each thread.
+fn tokens_at_once(count: usize) -> usize {
+    (count / 4).clamp(64, 256)
+}
 
 /// A block of rows of B that belong to one basis.
 struct Block {
@@ -44,10 +46,10 @@ fn blocks_of<'a, T: Float>(
 
 /// h ← v·B_Q.
 pub(super) fn collect<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) {
-    let (rank, bases) = (layer.sizes.rank, layer.sizes.bases());
-    parallel::chunks(h, TOKENS * q.len(), &|i, h| {
+    let (rank, bases, at_once) = (layer.sizes.rank, layer.sizes.bases(), tokens_at_once(v.rows));
+    parallel::chunks(h, at_once * q.len(), &|i, h| {
         let count = h.len() / q.len();
-        let v = v.rows(i * TOKENS, count);
+        let v = v.rows(i * at_once, count);
         for (block, place, columns) in blocks_of(layer, q) {
             let b = layer.b.rows(block.rows.start, block.rows.len()).columns(columns.start, columns.len());
             let v = v.columns(block.rows.start, block.rows.len());
@@ -61,10 +63,10 @@ pub(super) fn collect<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, v: Mat<'
 
 /// v += s·z·B_Qᵀ.
 pub(super) fn spread<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) {
-    let large = layer.sizes.large();
-    parallel::chunks(v, TOKENS * large, &|i, v| {
+    let (large, at_once) = (layer.sizes.large(), tokens_at_once(z.rows));
+    parallel::chunks(v, at_once * large, &|i, v| {
         let count = v.len() / large;
-        let z = z.rows(i * TOKENS, count);
+        let z = z.rows(i * at_once, count);
         for (block, place, columns) in blocks_of(layer, q) {
             let b = layer.b.rows(block.rows.start, block.rows.len()).columns(columns.start, columns.len());
             let v = MatMut::new(v, count, large).columns(block.rows.start, block.rows.len());
@@ -73,80 +75,84 @@ pub(super) fn spread<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, z: Mat<'_
     });
 }
 
-/// Writes W̃[d, j] as it lies in memory, d by j for in ≤ out and j by d for in > out, to `out`, which
-/// holds W̃0[d, j], or zeros for ΔW̃ alone. `left` has room for |d|·r elements, `product` for |d|·|j|.
-pub(super) fn add_delta<T: Float>(
+/// Writes W̃[d, j] as it lies in memory, d by j for in ≤ out and j by d for in > out: `base`, which has
+/// rows of adjacent elements, plus ΔW̃; or ΔW̃ alone. `left` has room for |d|·r elements.
+pub(super) fn build<T: Float>(
     layer: &Layer<'_, T>,
     d: Range<usize>,
     j: Range<usize>,
-    (left, product): (&mut [T], &mut [T]),
+    base: Option<Mat<'_, T>>,
+    left: &mut [T],
     out: &mut [T],
 ) {
     let (rank, bases) = (layer.sizes.rank, layer.sizes.bases());
-    for (row, left) in d.clone().zip(left.chunks_mut(rank)) {
-        let basis = row / rank % bases;
-        for (k, left) in left.iter_mut().enumerate() {
-            *left = layer.scale * layer.b.data[row * layer.b.row + k] * layer.lambda_at(basis, k);
+    parallel::rows(left, rank, rank, &|first, left| {
+        for (row, left) in (d.start + first..).zip(left.chunks_mut(rank)) {
+            let (basis, b) = (row / rank % bases, &layer.b.data[row * layer.b.row..]);
+            for (k, left) in left.iter_mut().enumerate() {
+                *left = layer.scale * b[k] * layer.lambda_at(basis, k);
+            }
         }
-    }
+    });
     let (left, a) = (Mat::new(left, d.len(), rank), layer.a.columns(j.start, j.len()));
-    if layer.is_wide() {
-        gemm(T::ONE, a.t(), left.t(), T::ZERO, MatMut::new(product, j.len(), d.len()), Threads::Pool);
-        let width = d.len();
-        parallel::rows(out, width, width, &|first, out| {
-            for (row, out) in (first..).zip(out.chunks_mut(width)) {
-                let product = &product[row * width..][..width];
-                for block in blocks(layer, d.clone()) {
-                    let here = block.rows.start - d.start..block.rows.end - d.start;
-                    let gamma = layer.gamma_row(block.basis, &j)[row];
-                    vectorize(AddScaled { out: &mut out[here.clone()], x: &product[here], factor: gamma });
-                }
+    let (left, a, rows, width) = match layer.is_wide() {
+        false => (left, a, d.len(), j.len()),
+        true => (a.t(), left.t(), j.len(), d.len()),
+    };
+    gemm(T::ONE, left, a, T::ZERO, MatMut::new(out, rows, width), Threads::Pool);
+    parallel::rows(out, width, width, &|first, out| {
+        for (row, out) in (first..).zip(out.chunks_mut(width)) {
+            let base = base.map(|base| &base.data[row * base.row..][..width]);
+            if !layer.is_wide() {
+                let gamma = layer.gamma_row((d.start + row) / rank % bases, &j);
+                vectorize(TimesRow { out, factors: gamma, base });
+                continue;
             }
-        });
-    } else {
-        gemm(T::ONE, left, a, T::ZERO, MatMut::new(product, d.len(), j.len()), Threads::Pool);
-        let width = j.len();
-        parallel::rows(out, width, width, &|first, out| {
-            for (row, out) in (first..).zip(out.chunks_mut(width)) {
-                let (product, basis) = (&product[row * width..][..width], (d.start + row) / rank % bases);
-                vectorize(AddProduct { out, x: product, y: layer.gamma_row(basis, &j) });
+            for block in blocks(layer, d.clone()) {
+                let here = block.rows.start - d.start..block.rows.end - d.start;
+                let gamma = layer.gamma_row(block.basis, &j)[row];
+                let base = base.map(|base| &base[here.clone()]);
+                vectorize(Times { out: &mut out[here], factor: gamma, base });
             }
-        });
-    }
+        }
+    });
 }
 
-/// out += x∘y.
-struct AddProduct<'a, T> {
+/// out ← base + factors∘out, without the base if there is none.
+struct TimesRow<'a, T> {
     out: &'a mut [T],
-    x: &'a [T],
-    y: &'a [T],
+    factors: &'a [T],
+    base: Option<&'a [T]>,
 }
 
-impl<T: Float> Kernel for AddProduct<'_, T> {
+impl<T: Float> Kernel for TimesRow<'_, T> {
     type Element = T;
     type Out = ();
     #[inline(always)]
     fn run(self) {
-        for ((out, &x), &y) in self.out.iter_mut().zip(self.x).zip(self.y) {
-            *out += x * y;
+        let factors = self.out.iter_mut().zip(self.factors);
+        match self.base {
+            Some(base) => factors.zip(base).for_each(|((out, &factor), &base)| *out = base + factor * *out),
+            None => factors.for_each(|(out, &factor)| *out = factor * *out),
         }
     }
 }
 
-/// out += factor·x.
-struct AddScaled<'a, T> {
+/// out ← base + factor·out, without the base if there is none.
+struct Times<'a, T> {
     out: &'a mut [T],
-    x: &'a [T],
     factor: T,
+    base: Option<&'a [T]>,
 }
 
-impl<T: Float> Kernel for AddScaled<'_, T> {
+impl<T: Float> Kernel for Times<'_, T> {
     type Element = T;
     type Out = ();
     #[inline(always)]
     fn run(self) {
-        for (out, &x) in self.out.iter_mut().zip(self.x) {
-            *out += self.factor * x;
+        match self.base {
+            Some(base) => self.out.iter_mut().zip(base).for_each(|(o, &base)| *o = base + self.factor * *o),
+            None => self.out.iter_mut().for_each(|o| *o = self.factor * *o),
         }
     }
 }

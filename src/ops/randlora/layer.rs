@@ -27,9 +27,11 @@ use crate::cpu::{Float, parallel};
 use crate::error::Result;
 use crate::ops::dropout::{DropoutKey, mask_range};
 use crate::ops::linear::widen;
+use crate::ops::matmul::matrix;
 use crate::ops::randlora::bases::{Pairing, Structure};
 use crate::ops::randlora::block;
 use crate::ops::randlora::plan::Sizes;
+use crate::shape::Layout;
 use crate::storage::dispatch_stored;
 use crate::tensor::Tensor;
 
@@ -139,9 +141,22 @@ impl<T: Float> Layer<'_, T> {
 
     /// Writes W̃0[d, j] as it lies in memory: d by j for in ≤ out, j by d for in > out.
     pub(super) fn read_weight(&self, d: Range<usize>, j: Range<usize>, out: &mut [T]) -> Result<()> {
-        let (rows, columns) = if self.is_wide() { (j, d) } else { (d, j) };
-        let layout = self.weight.layout().slice(0, rows)?.slice(1, columns)?;
+        let layout = self.weight_layout(d, j)?;
         dispatch_stored!(self.weight.dtype(), S => widen::<S, T>(self.weight, &layout, out))
+    }
+
+    /// W̃0[d, j] where it lies in memory, if that is as rows of adjacent elements of type T.
+    pub(super) fn weight_in_place(&self, d: Range<usize>, j: Range<usize>) -> Result<Option<Mat<'_, T>>> {
+        let layout = self.weight_layout(d, j)?;
+        if self.weight.dtype() != T::DTYPE || layout.strides()[1] != 1 {
+            return Ok(None);
+        }
+        Ok(Some(matrix(self.weight.host()?, &layout, layout.offset())))
+    }
+
+    fn weight_layout(&self, d: Range<usize>, j: Range<usize>) -> Result<Layout> {
+        let (rows, columns) = if self.is_wide() { (j, d) } else { (d, j) };
+        self.weight.layout().slice(0, rows)?.slice(1, columns)
     }
 }
 

@@ -21,8 +21,10 @@ struct Builder<'a, T: Float> {
     with_base: bool,
     /// The panel.
     w: Buffer<T>,
-    /// C_J: c×|J|. Of block bases, s·B∘λ for the panel's rows and its product with A.
-    factors: (Buffer<T>, Buffer<T>),
+    /// C_J: c×|J|; of block bases s·B∘λ for the panel's rows.
+    factor: Buffer<T>,
+    /// With block bases, W̃0 widened, where it is stored in a narrow type.
+    widened: Buffer<T>,
 }
 
 impl<'a, T: Float> Builder<'a, T> {
@@ -33,31 +35,35 @@ impl<'a, T: Float> Builder<'a, T> {
         with_base: bool,
         (rows, columns): (usize, usize),
     ) -> Result<Self> {
-        let factors = match layer.structure {
+        let (factor, widened) = match layer.structure {
             Structure::Dense => (layer.sizes.columns() * columns, 0),
+            Structure::Block if !with_base || layer.weight_in_place(0..rows, 0..columns)?.is_some() => {
+                (rows * layer.sizes.rank, 0)
+            }
             Structure::Block => (rows * layer.sizes.rank, rows * columns),
         };
         Ok(Builder {
             layer,
             with_base,
             w: device.scratch(rows * columns)?,
-            factors: (device.scratch(factors.0)?, device.scratch(factors.1)?),
+            factor: device.scratch(factor)?,
+            widened: device.scratch(widened)?,
         })
     }
 
     /// W̃[d, j]; of dense bases d is all rows.
     fn build(&mut self, d: Range<usize>, j: Range<usize>) -> Result<Mat<'_, T>> {
-        let Builder { layer, w, factors, .. } = self;
-        let w = &mut w[..d.len() * j.len()];
+        let layer = self.layer;
+        let w = &mut self.w[..d.len() * j.len()];
         // In the order of the weight in memory, so that reading it is a plain copy.
         let dims = if layer.is_wide() { (j.len(), d.len()) } else { (d.len(), j.len()) };
-        if self.with_base {
-            layer.read_weight(d.clone(), j.clone(), w)?;
-        }
         match layer.structure {
             Structure::Dense => {
+                if self.with_base {
+                    layer.read_weight(d, j.clone(), w)?;
+                }
                 let c = layer.sizes.columns();
-                let c_j = &mut factors.0[..c * j.len()];
+                let c_j = &mut self.factor[..c * j.len()];
                 layer.fill_c(0..c, j.clone(), c_j);
                 let out = MatMut::new(w, dims.0, dims.1);
                 let out = if layer.is_wide() { out.t() } else { out };
@@ -65,12 +71,17 @@ impl<'a, T: Float> Builder<'a, T> {
                 gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), beta, out, Pool);
             }
             Structure::Block => {
-                if !self.with_base {
-                    w.fill(T::ZERO);
-                }
-                let left = &mut factors.0[..d.len() * layer.sizes.rank];
-                let product = &mut factors.1[..d.len() * j.len()];
-                block::add_delta(layer, d, j, (left, product), w);
+                let left = &mut self.factor[..d.len() * layer.sizes.rank];
+                let base = match layer.weight_in_place(d.clone(), j.clone())? {
+                    _ if !self.with_base => None,
+                    Some(base) => Some(base),
+                    None => {
+                        let widened = &mut self.widened[..d.len() * j.len()];
+                        layer.read_weight(d.clone(), j.clone(), widened)?;
+                        Some(Mat::new(widened, dims.0, dims.1))
+                    }
+                };
+                block::build(layer, d, j, base, left, w);
             }
         }
         let w = Mat::new(w, dims.0, dims.1);
