@@ -1,5 +1,6 @@
 //! The processor's kernels: plain slices in, plain slices out. Nothing here knows of graphs.
 
+pub(crate) mod bf16;
 pub(crate) mod elementwise;
 pub(crate) mod gemm;
 pub(crate) mod math;
@@ -28,6 +29,7 @@ pub(crate) trait Float:
     + std::iter::Sum
     + math::Math
     + gemm::Gemm
+    + bf16::LayerGemm
 {
     const ZERO: Self;
     const ONE: Self;

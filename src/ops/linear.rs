@@ -2,12 +2,12 @@
 
 use crate::compute;
 use crate::cpu::elementwise::{self, View};
-use crate::cpu::gemm::{Mat, MatMut, Threads, gemm};
+use crate::cpu::gemm::{Mat, MatMut};
 use crate::cpu::{Float, dispatch, parallel};
 use crate::dtype::{BF16, DType, F16};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
-use crate::ops::matmul::{matrix, product};
+use crate::ops::matmul::matrix;
 use crate::shape::Layout;
 use crate::storage::Stored;
 use crate::tensor::Tensor;
@@ -66,7 +66,8 @@ impl Op for Linear {
                 Ok(Tensor::from_buffer(dx, *x.shape(), x.device()))
             })
         };
-        let dw = || product(&compute::transpose(&dy_rows)?, &compute::rows(x)?);
+        let dw =
+            || dispatch!("linear", dy.dtype(), T => weight_gradient::<T>(&dy_rows, &compute::rows(x)?, w));
         let mut gradients = vec![need[0].then(dx).transpose()?, need[1].then(dw).transpose()?];
         if need.get(2) == Some(&true) {
             gradients.push(Some(dy.clone()));
@@ -77,6 +78,16 @@ impl Op for Linear {
     fn saves(&self, need: &[bool]) -> Saves {
         Saves::inputs(&[1]).when(need[0]).and(Saves::inputs(&[0]).when(need[1]))
     }
+}
+
+/// dyᵀ·x.
+fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let mut dw = w.device().host().buffer::<T>(w.numel())?;
+    let to = MatMut::new(&mut dw, w.dims()[0], w.dims()[1]);
+    let dy = matrix(dy.host::<T>()?, dy.layout(), dy.layout().offset());
+    let x = matrix(x.host()?, x.layout(), x.layout().offset());
+    T::layer_gemm(w.device().host(), T::ONE, dy.t(), x, T::ZERO, to)?;
+    Ok(Tensor::from_buffer(dw, *w.shape(), w.device()))
 }
 
 /// The number of outputs, if all fits together.
@@ -122,7 +133,7 @@ pub(crate) fn fill_rows<T: Float>(y: &mut [T], row: &[T]) {
 pub(crate) fn frozen_forward<T: Float>(x: Mat<'_, T>, w: &Tensor, y: MatMut<'_, T>, beta: T) -> Result<()> {
     panels(w, |from, panel| {
         let y = MatMut { data: &mut y.data[..], ..y }.columns(from, panel.rows);
-        gemm(T::ONE, x, panel.t(), beta, y, Threads::Pool);
+        T::layer_gemm(w.device().host(), T::ONE, x, panel.t(), beta, y)
     })
 }
 
@@ -136,7 +147,7 @@ pub(crate) fn frozen_backward<T: Float>(
     panels(w, |from, panel| {
         let beta = if from == 0 { beta } else { T::ONE };
         let dx = MatMut { data: &mut dx.data[..], ..dx };
-        gemm(T::ONE, dy.columns(from, panel.rows), panel, beta, dx, Threads::Pool);
+        T::layer_gemm(w.device().host(), T::ONE, dy.columns(from, panel.rows), panel, beta, dx)
     })
 }
 
@@ -145,10 +156,9 @@ const PANEL: usize = 256 * 1024;
 
 /// Calls `f(from, panel)` for the row panels of a matrix: itself where it is of type T, otherwise
 /// a few rows at a time, widened into one scratch buffer. A matrix without rows is one empty panel.
-fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>)) -> Result<()> {
+fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>) -> Result<()>) -> Result<()> {
     if w.dtype() == T::DTYPE {
-        f(0, matrix(w.host()?, w.layout(), w.layout().offset()));
-        return Ok(());
+        return f(0, matrix(w.host()?, w.layout(), w.layout().offset()));
     }
     let (rows, cols) = (w.dims()[0], w.dims()[1]);
     let at_once = (PANEL / cols.max(1)).max(16).min(rows);
@@ -169,7 +179,7 @@ fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>)) -> Result<
                 return Err(Error::dtype("linear", message));
             }
         }
-        f(from, Mat::new(panel, n, cols));
+        f(from, Mat::new(panel, n, cols))?;
     }
     Ok(())
 }

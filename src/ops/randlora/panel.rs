@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
 use crate::cpu::Float;
-use crate::cpu::gemm::{Mat, MatMut, Threads::Pool, gemm};
+use crate::cpu::gemm::{Mat, MatMut};
 use crate::device::CpuDevice;
 use crate::error::Result;
 
@@ -19,7 +19,7 @@ fn each_panel<T: Float>(
     plan: &Plan,
     device: &Arc<CpuDevice>,
     base: bool,
-    mut f: impl FnMut(Range<usize>, Mat<'_, T>),
+    mut f: impl FnMut(Range<usize>, Mat<'_, T>) -> Result<()>,
 ) -> Result<()> {
     let (small, large, c) = (layer.sizes.small(), layer.sizes.large(), layer.sizes.columns());
     let widest = plan.panel.min(small);
@@ -37,9 +37,9 @@ fn each_panel<T: Float>(
             (if layer.is_wide() { (width, large) } else { (large, width) }, Mat::new(c_j, c, width));
         let out = MatMut::new(w_j, w.0, w.1);
         let out = if layer.is_wide() { out.t() } else { out };
-        gemm(layer.scale, layer.b, c_j, beta, out, Pool);
+        T::layer_gemm(device, layer.scale, layer.b, c_j, beta, out)?;
         let w_j = Mat::new(w_j, w.0, w.1);
-        f(j, if layer.is_wide() { w_j.t() } else { w_j });
+        f(j, if layer.is_wide() { w_j.t() } else { w_j })?;
     }
     Ok(())
 }
@@ -60,8 +60,9 @@ pub(super) fn up<T: Float>(
         let beta = if j.start == 0 { beta } else { T::ONE };
         for t in pieces(u.count, chunk) {
             let v = MatMut::new(v, u.count, layer.sizes.large()).rows(t.start, t.len());
-            gemm(T::ONE, u.part(t, j.clone(), &mut copy), w_j.t(), beta, v, Pool);
+            T::layer_gemm(device, T::ONE, u.part(t, j.clone(), &mut copy), w_j.t(), beta, v)?;
         }
+        Ok(())
     })
 }
 
@@ -81,8 +82,9 @@ pub(super) fn down<T: Float>(
         for t in pieces(v.count, chunk) {
             let u = MatMut::new(u, v.count, layer.sizes.small()).rows(t.start, t.len());
             let u = u.columns(j.start, j.len());
-            gemm(T::ONE, v.part(t, 0..v.width, &mut copy), w_j, beta, u, Pool);
+            T::layer_gemm(device, T::ONE, v.part(t, 0..v.width, &mut copy), w_j, beta, u)?;
         }
+        Ok(())
     })
 }
 
@@ -106,10 +108,10 @@ pub(super) fn pull<T: Float>(
         g_j.fill(T::ZERO);
         for t in pieces(u.count, chunk) {
             let (u, v) = (u.part(t.clone(), j.clone(), &mut u_copy), v.part(t, 0..large, &mut v_copy));
-            gemm(T::ONE, v.t(), u, T::ONE, MatMut::new(g_j, large, j.len()), Pool);
+            T::layer_gemm(device, T::ONE, v.t(), u, T::ONE, MatMut::new(g_j, large, j.len()))?;
         }
         let g_j = Mat::new(g_j, large, j.len());
-        gemm(layer.scale, layer.b.t(), g_j, T::ZERO, MatMut::new(m_j, c, j.len()), Pool);
+        T::layer_gemm(device, layer.scale, layer.b.t(), g_j, T::ZERO, MatMut::new(m_j, c, j.len()))?;
         layer.pull(0..c, j, m_j, to);
     }
     Ok(())
