@@ -15,6 +15,7 @@ mod method;
 mod model;
 mod output;
 mod plot;
+mod precision;
 mod predict;
 mod progress;
 mod table;

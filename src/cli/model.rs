@@ -11,6 +11,7 @@ use randlora::{Device, Error, Result, Tensor};
 use super::about::About;
 use super::encode::Encoder;
 use super::labels::LabelSet;
+use super::precision::PrecisionArgs;
 use super::table::wrong;
 use super::task::Task;
 
@@ -29,6 +30,8 @@ pub(crate) struct ModelArgs {
     /// The threads to compute with; all cores by default. The results are the same for any number.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) precision: PrecisionArgs,
 }
 
 impl ModelArgs {
