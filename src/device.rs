@@ -4,10 +4,11 @@
 //! one gives everything back.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Debug};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::dtype::{BF16, Element, F16};
+use crate::dtype::{BF16, F16};
 use crate::error::{Error, Result};
 
 /// Where tensors live and computations run.
@@ -27,6 +28,32 @@ impl Device {
     /// ```
     pub fn cpu() -> Device {
         Device::Cpu(Arc::new(CpuDevice::default()))
+    }
+
+    /// The same with layers computed in this precision.
+    ///
+    /// ```
+    /// use randlora::{Device, Precision};
+    ///
+    /// let device = Device::with_precision(Precision::Bf16);
+    /// assert_eq!(device.precision(), Precision::Bf16);
+    /// println!("{}", if Precision::Bf16.is_native() { "faster than f32" } else { "computed in f32 here" });
+    /// ```
+    pub fn with_precision(precision: Precision) -> Device {
+        Device::Cpu(Arc::new(CpuDevice { precision, ..CpuDevice::default() }))
+    }
+
+    /// The precision that was asked for. What has been computed in it is for
+    /// [`Precision::is_native`] to say.
+    pub fn precision(&self) -> Precision {
+        self.host().precision()
+    }
+
+    /// A device that computes layers in bf16 on any processor, slowly, by the instruction's arithmetic.
+    #[cfg(test)]
+    pub(crate) fn emulating_bf16() -> Device {
+        let (precision, emulates) = (Precision::Bf16, true);
+        Device::Cpu(Arc::new(CpuDevice { precision, emulates, ..CpuDevice::default() }))
     }
 
     /// What the device holds now and has held at most.
@@ -70,6 +97,33 @@ impl Device {
     }
 }
 
+/// What the products of layers are computed in: linear layers forward and backward, with RandLoRA's.
+///
+/// With bf16 the factors of these products, activations and weights and the gradients of both, are
+/// rounded to bf16 (8 bits of mantissa) as they are read, and the sums are f32. All else is what it is
+/// without: parameters, gradients and the optimiser's state, attention, norms, losses, and products with
+/// fewer than 64 rows or columns. f64 stays f64.
+///
+/// The same input gives the same bits on any number of threads, on processors of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// As the tensors are.
+    #[default]
+    F32,
+    /// Factors in bf16 where the processor has instructions for it (AVX512-BF16), else as
+    /// [`Precision::F32`]: [`Precision::is_native`] says which.
+    Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        })
+    }
+}
+
 /// A device's use of memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
@@ -89,8 +143,12 @@ pub struct Memory {
 /// spared them.
 #[derive(Debug, Default)]
 pub struct CpuDevice {
+    precision: Precision,
+    #[cfg(test)]
+    emulates: bool,
     f32: Mutex<Pool<f32>>,
     f64: Mutex<Pool<f64>>,
+    u32: Mutex<Pool<u32>>,
     live: AtomicUsize,
     peak: AtomicUsize,
     scratch: AtomicUsize,
@@ -107,8 +165,8 @@ fn lock<T>(pool: &Mutex<Pool<T>>) -> std::sync::MutexGuard<'_, Pool<T>> {
     pool.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An element whose buffers a device keeps for reuse.
-pub(crate) trait Pooled: Element {
+/// What a device's buffers hold, which it keeps for reuse if there is a pool for them.
+pub(crate) trait Pooled: Copy + Default + Debug + Send + Sync + 'static {
     fn pool(device: &CpuDevice) -> Option<&Mutex<Pool<Self>>>;
 }
 
@@ -120,6 +178,12 @@ impl Pooled for f32 {
 impl Pooled for f64 {
     fn pool(device: &CpuDevice) -> Option<&Mutex<Pool<f64>>> {
         Some(&device.f64)
+    }
+}
+/// Packed factors of products.
+impl Pooled for u32 {
+    fn pool(device: &CpuDevice) -> Option<&Mutex<Pool<u32>>> {
+        Some(&device.u32)
     }
 }
 // Frozen weights are made once and kept: nothing to reuse.
@@ -138,6 +202,15 @@ impl Pooled for F16 {
 const POOLED_LEN: usize = 2048;
 
 impl CpuDevice {
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    #[cfg(test)]
+    pub(crate) fn emulates_bf16(&self) -> bool {
+        self.emulates
+    }
+
     /// A buffer for a tensor. What it contains is unspecified: the caller overwrites all of it.
     pub(crate) fn buffer<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
         self.take(len, false)
@@ -164,6 +237,7 @@ impl CpuDevice {
     /// Lets go of about so many bytes of what is kept, if there are as many.
     fn evict(&self, bytes: usize) {
         let left = bytes.saturating_sub(self.evict_from::<f32>(bytes));
+        let left = left.saturating_sub(self.evict_from::<u32>(left));
         self.evict_from::<f64>(left);
     }
 
@@ -233,7 +307,7 @@ fn raise(now: &AtomicUsize, peak: &AtomicUsize, bytes: usize) {
 }
 
 /// `len` zeros, or an error where the allocator has no memory for them.
-pub(crate) fn fresh<T: Element>(len: usize) -> Result<Vec<T>> {
+pub(crate) fn fresh<T: Pooled>(len: usize) -> Result<Vec<T>> {
     let mut probe = Vec::<T>::new();
     if probe.try_reserve_exact(len).is_err() {
         return Err(Error::OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) });

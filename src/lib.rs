@@ -199,7 +199,8 @@
 //! # What it does not do
 //!
 //! First derivatives only: a vjp runs untracked. Computation is in f32 and f64; bf16 and f16 store
-//! frozen weights. One device so far, the CPU.
+//! frozen weights, and layers can round to bf16 what they multiply ([`Precision`]). One device so far,
+//! the CPU.
 
 #![warn(missing_docs)]
 
@@ -220,6 +221,8 @@ pub mod models;
 pub mod nn;
 mod ops;
 pub mod optim;
+#[cfg(test)]
+mod precision_tests;
 mod random;
 mod shape;
 mod storage;
@@ -227,7 +230,7 @@ mod system;
 mod tensor;
 pub mod train;
 
-pub use device::{CpuDevice, Device, Memory};
+pub use device::{CpuDevice, Device, Memory, Precision};
 pub use dtype::{BF16, DType, Element, F16};
 pub use error::{Error, Result};
 pub use grad::{Gradients, Leaf, Op, Saves, apply};

@@ -61,7 +61,7 @@ impl fmt::Debug for Mapped {
 }
 
 /// An element that storage knows how to hold.
-pub(crate) trait Stored: Pooled {
+pub(crate) trait Stored: Element + Pooled {
     fn wrap(buffer: Buffer<Self>) -> Storage;
     fn slice(storage: &Storage) -> Option<&[Self]>;
     fn slice_mut(storage: &mut Storage) -> Option<&mut [Self]>;

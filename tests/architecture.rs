@@ -94,7 +94,10 @@ fn unsafe_code_stays_where_it_is_explained() {
         .map(|file| file.strip_prefix(&src).unwrap().to_str().unwrap().replace('\\', "/"))
         .collect();
     with.sort();
-    assert_eq!(with, ["cpu/fma.rs", "cpu/gemm.rs", "cpu/simd.rs", "io/map.rs", "storage.rs"]);
+    assert_eq!(
+        with,
+        ["cpu/bf16/lanes.rs", "cpu/fma.rs", "cpu/gemm.rs", "cpu/simd.rs", "io/map.rs", "storage.rs"]
+    );
 }
 
 /// The library is for systems without them too (see src/system.rs); the command is not.

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use randlora::Device;
 use serde_json::{Map, Value, json};
 
 use super::Failure;
@@ -40,7 +39,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn evaluate(args: &Args) -> randlora::Result<()> {
-    let device = Device::cpu();
+    let device = args.model.precision.device();
     let classifier = Classifier::open(&args.model, &device)?;
     let wanted = if args.logits.is_some() { Labels::IfThere } else { Labels::Needed };
     let examples = table::read(&args.data, &args.columns.columns(), wanted)?;

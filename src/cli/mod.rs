@@ -19,6 +19,7 @@ mod method;
 mod model;
 mod output;
 mod plot;
+mod precision;
 mod predict;
 mod progress;
 mod table;

@@ -11,6 +11,7 @@ use randlora::{DType, Device, Error, Result, Tensor};
 use super::about::About;
 use super::encode::Encoder;
 use super::labels::LabelSet;
+use super::precision::PrecisionArgs;
 use super::table::wrong;
 use super::task::Task;
 
@@ -31,6 +32,8 @@ pub(crate) struct ModelArgs {
     /// The threads to compute with; all cores by default. The results are the same for any number.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+    #[command(flatten)]
+    pub(crate) precision: PrecisionArgs,
 }
 
 /// How an adapter of PEFT's without bases is read.

@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::path::Path;
 
-use randlora::{Device, Result};
+use randlora::Result;
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 const LINES: usize = 64;
 
 fn predict(args: &Args) -> Result<()> {
-    let classifier = Classifier::open(&args.model, &Device::cpu())?;
+    let classifier = Classifier::open(&args.model, &args.model.precision.device())?;
     if !args.texts.is_empty() {
         let texts: Vec<Vec<&str>> = args
             .texts

@@ -1,5 +1,6 @@
 //! The processor's kernels: plain slices in, plain slices out. Nothing here knows of graphs.
 
+pub(crate) mod bf16;
 pub(crate) mod elementwise;
 #[cfg(all(feature = "fast", target_arch = "x86_64"))]
 mod fma;
@@ -30,6 +31,7 @@ pub(crate) trait Float:
     + std::iter::Sum
     + math::Math
     + gemm::Gemm
+    + bf16::LayerGemm
 {
     const ZERO: Self;
     const ONE: Self;

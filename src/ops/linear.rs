@@ -2,12 +2,12 @@
 
 use crate::compute;
 use crate::cpu::elementwise::{self, View};
-use crate::cpu::gemm::{Mat, MatMut, Onto, Threads, gemm, gemm_onto};
+use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::{Float, dispatch, parallel};
 use crate::dtype::{BF16, DType, F16};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
-use crate::ops::matmul::{matrix, product};
+use crate::ops::matmul::matrix;
 use crate::shape::Layout;
 use crate::storage::Stored;
 use crate::tensor::Tensor;
@@ -63,7 +63,8 @@ impl Op for Linear {
                 Ok(Tensor::from_buffer(dx, *x.shape(), x.device()))
             })
         };
-        let dw = || product(&compute::transpose(&dy_rows)?, &compute::rows(x)?);
+        let dw =
+            || dispatch!("linear", dy.dtype(), T => weight_gradient::<T>(&dy_rows, &compute::rows(x)?, w));
         let mut gradients = vec![need[0].then(dx).transpose()?, need[1].then(dw).transpose()?];
         if need.get(2) == Some(&true) {
             gradients.push(Some(dy.clone()));
@@ -74,6 +75,16 @@ impl Op for Linear {
     fn saves(&self, need: &[bool]) -> Saves {
         Saves::inputs(&[1]).when(need[0]).and(Saves::inputs(&[0]).when(need[1]))
     }
+}
+
+/// dyᵀ·x.
+fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let mut dw = w.device().host().buffer::<T>(w.numel())?;
+    let to = MatMut::new(&mut dw, w.dims()[0], w.dims()[1]);
+    let dy = matrix(dy.host::<T>()?, dy.layout(), dy.layout().offset());
+    let x = matrix(x.host()?, x.layout(), x.layout().offset());
+    T::layer_gemm(w.device().host(), T::ONE, dy.t(), x, Onto::Itself(T::ZERO), to)?;
+    Ok(Tensor::from_buffer(dw, *w.shape(), w.device()))
 }
 
 /// The number of outputs, if all fits together.
@@ -128,7 +139,7 @@ fn affine<T: Float>(x: Mat<'_, T>, w: &Tensor, y: MatMut<'_, T>, onto: Onto<'_, 
             Onto::Row(row) => Onto::Row(&row[from..from + panel.rows]),
             itself => itself,
         };
-        gemm_onto(T::ONE, x, panel.t(), onto, y, Threads::Pool);
+        T::layer_gemm(w.device().host(), T::ONE, x, panel.t(), onto, y)
     })
 }
 
@@ -142,7 +153,7 @@ pub(crate) fn frozen_backward<T: Float>(
     panels(w, |from, panel| {
         let beta = if from == 0 { beta } else { T::ONE };
         let dx = MatMut { data: &mut dx.data[..], ..dx };
-        gemm(T::ONE, dy.columns(from, panel.rows), panel, beta, dx, Threads::Pool);
+        T::layer_gemm(w.device().host(), T::ONE, dy.columns(from, panel.rows), panel, Onto::Itself(beta), dx)
     })
 }
 
@@ -151,10 +162,9 @@ const PANEL: usize = 256 * 1024;
 
 /// Calls `f(from, panel)` for the row panels of a matrix: itself where it is of type T, otherwise
 /// a few rows at a time, widened into one scratch buffer. A matrix without rows is one empty panel.
-fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>)) -> Result<()> {
+fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>) -> Result<()>) -> Result<()> {
     if w.dtype() == T::DTYPE {
-        f(0, matrix(w.host()?, w.layout(), w.layout().offset()));
-        return Ok(());
+        return f(0, matrix(w.host()?, w.layout(), w.layout().offset()));
     }
     let (rows, cols) = (w.dims()[0], w.dims()[1]);
     let at_once = (PANEL / cols.max(1)).max(16).min(rows);
@@ -175,7 +185,7 @@ fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>)) -> Result<
                 return Err(Error::dtype("linear", message));
             }
         }
-        f(from, Mat::new(panel, n, cols));
+        f(from, Mat::new(panel, n, cols))?;
     }
     Ok(())
 }

@@ -2,12 +2,13 @@
 
 use randlora::adapters::{self, Full, Lora, Method, RandLora, Targets};
 use randlora::nn::{Context, Init, Linear, Module};
-use randlora::{Device, Plan, Result, Sizes, Wants, Way};
+use randlora::{Plan, Result, Sizes, Wants, Way};
 use serde_json::{Value, json};
 
 use super::{line, medians, number};
 use crate::cli::method::BasesName;
 use crate::cli::model::with_threads;
+use crate::cli::precision::{self, PrecisionArgs};
 use crate::cli::{Failure, output};
 
 /// Measure a linear layer, forward and backward: frozen, trained whole, with LoRA, with RandLoRA.
@@ -40,6 +41,8 @@ pub(super) struct Args {
     /// The threads to compute with; all cores by default.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -54,7 +57,7 @@ fn measure(args: &Args) -> Result<Value> {
     let [tokens, inputs, outputs, rank] =
         [args.tokens, args.inputs, args.outputs, args.rank].map(|n| n as usize);
     let (sizes, dropout) = (Sizes { tokens, inputs, outputs, rank }, args.dropout);
-    let device = Device::cpu();
+    let device = args.precision.device();
     let init = Init::seeded(0, &device);
     let (x, dy) =
         (init.normal("x", [tokens, inputs], 1.0)?.track(), init.normal("dy", [tokens, outputs], 1.0)?);
@@ -91,6 +94,7 @@ fn measure(args: &Args) -> Result<Value> {
         "out": outputs,
         "rank": rank,
         "bases": args.bases.name(),
+        "precision": precision::done(&device).to_string(),
         "dropout": dropout,
         "threads": rayon::current_num_threads(),
         "rounds": args.rounds,

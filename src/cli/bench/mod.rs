@@ -4,8 +4,8 @@
 //!
 //! | of | fields |
 //! |---|---|
-//! | a layer | `tokens`, `in`, `out`, `rank`, `bases`, `dropout`, `threads`, `rounds`; `frozen_ms`, `full_ms`, `lora_ms`, `randlora_ms`; `lora_factor` and `randlora_factor` over the frozen layer; `flop_ratio`: RandLoRA's floating point operations over the frozen layer's, what `randlora_factor` would be at the same speed; `route` {`forward`, `backward`: "panel" or "factored"}; `frozen_gflops`, `gflops`: 10⁹ floating point operations a second of the frozen layer and of RandLoRA; `scratch_bytes`: the most that RandLoRA's operation held beside its results |
-//! | a step | `method`, `rank` (null for full and head), `bases` (null but for randlora), `precision` ("f32"), `batch_size`, `length`, `threads`, `steps`, `checkpoint_activations`, `trained_parameters`; `step_ms`, `tokens_per_s`; `tensor_peak_bytes`: the most that tensors held, without a mapped model; `peak_rss_bytes`: the most that the process held (null where the system does not tell) |
+//! | a layer | `tokens`, `in`, `out`, `rank`, `bases`, `precision`, `dropout`, `threads`, `rounds`; `frozen_ms`, `full_ms`, `lora_ms`, `randlora_ms`; `lora_factor` and `randlora_factor` over the frozen layer; `flop_ratio`: RandLoRA's floating point operations over the frozen layer's, what `randlora_factor` would be at the same speed; `route` {`forward`, `backward`: "panel" or "factored"}; `frozen_gflops`, `gflops`: 10⁹ floating point operations a second of the frozen layer and of RandLoRA; `scratch_bytes`: the most that RandLoRA's operation held beside its results |
+//! | a step | `method`, `rank` (null for full and head), `bases` (null but for randlora), `precision` ("f32" or "bf16": what was computed in), `batch_size`, `length`, `threads`, `steps`, `checkpoint_activations`, `trained_parameters`; `step_ms`, `tokens_per_s`; `tensor_peak_bytes`: the most that tensors held, without a mapped model; `peak_rss_bytes`: the most that the process held (null where the system does not tell) |
 
 mod layer;
 mod step;

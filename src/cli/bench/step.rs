@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use randlora::Device;
 use randlora::data::Batches;
 use randlora::io::Access;
 use randlora::models::Bert;
@@ -16,6 +15,7 @@ use super::{line, median, number};
 use crate::cli::method::{BasesName, MethodName, Settings};
 use crate::cli::model::with_threads;
 use crate::cli::output::{count, peak_memory, say, size, table};
+use crate::cli::precision::{self, PrecisionArgs};
 use crate::cli::{Failure, made_up, targets};
 
 /// Measure whole training steps (forward, backward, clipping, AdamW) on random tokens, with the
@@ -55,6 +55,8 @@ pub(super) struct Args {
     /// The threads to compute with; all cores by default.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -69,7 +71,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn measure(args: &Args) -> Result<Value, Failure> {
-    let (method, device) = (args.method, Device::cpu());
+    let (method, device) = (args.method, args.precision.device());
     let [rows, length, steps] = [args.batch_size, args.length, args.steps].map(|n| n as usize);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let Args { targets, bases, .. } = args;
@@ -108,7 +110,7 @@ fn measure(args: &Args) -> Result<Value, Failure> {
         "method": method.name(),
         "rank": rank,
         "bases": (method == MethodName::Randlora).then(|| args.bases.unwrap_or_default().name()),
-        "precision": "f32",
+        "precision": precision::done(&device).to_string(),
         "batch_size": rows,
         "length": length,
         "threads": rayon::current_num_threads(),

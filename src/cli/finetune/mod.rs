@@ -24,7 +24,7 @@ use super::model::{self, batch};
 use super::output::{check_folder, peak_memory, say};
 use super::table::{self, Example, Label, Labels};
 use super::task::{Answers, Kind, Scores, Task};
-use super::{Failure, eval};
+use super::{Failure, eval, precision};
 pub(crate) use args::Args;
 use folder::{Folder, Kept};
 use record::Record;
@@ -61,7 +61,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
         _ => None,
     };
 
-    let device = Device::cpu();
+    let device = args.model.precision.device();
     let model = match &adapter {
         Some(adapter) => model::adapted(&checkpoint, Some(adapter), &device)?,
         None => {
@@ -239,6 +239,7 @@ impl Run<'_> {
             };
             return say(json!({
                 "method": self.folder.method(model),
+                "precision": precision::done(&self.device).to_string(),
                 "trained_parameters": model.trainable_count(),
                 "best": scores(best, of_best),
                 "last": scores(self.args.epochs, of_last),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
 use crate::cpu::Float;
-use crate::cpu::gemm::{Mat, MatMut, Threads::Pool, gemm};
+use crate::cpu::gemm::{Mat, MatMut};
 use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 
@@ -51,38 +51,45 @@ impl<'a, T: Float> Walk<'a, T> {
     }
 
     /// v[t] += s·(u[t]·C_Qᵀ)·B_Qᵀ.
-    fn up(&mut self, q: &Range<usize>, t: Range<usize>, u: Tokens<'_, T>, v: &mut [T]) {
+    fn up(&mut self, q: &Range<usize>, t: Range<usize>, u: Tokens<'_, T>, v: &mut [T]) -> Result<()> {
         let (small, large) = (self.layer.sizes.small(), self.layer.sizes.large());
         let c = Mat::new(&self.c[..q.len() * small], q.len(), small);
         let z = &mut self.h[..t.len() * q.len()];
         let part = u.part(t.clone(), 0..small, &mut self.copy);
-        gemm(T::ONE, part, c.t(), T::ZERO, MatMut::new(z, t.len(), q.len()), Pool);
+        self.layer.gemm(T::ONE, part, c.t(), T::ZERO, MatMut::new(z, t.len(), q.len()))?;
         let v = &mut v[t.start * large..t.end * large];
-        self.layer.spread(q, Mat::new(z, t.len(), q.len()), v);
+        self.layer.spread(q, Mat::new(z, t.len(), q.len()), v)
     }
 
     /// h[t] = v[t]·B_Q.
-    fn h(&mut self, q: &Range<usize>, t: &Range<usize>, v: Tokens<'_, T>) {
+    fn h(&mut self, q: &Range<usize>, t: &Range<usize>, v: Tokens<'_, T>) -> Result<()> {
         let part = v.part(t.clone(), 0..v.width, &mut self.copy);
-        self.layer.collect(q, part, &mut self.h[..t.len() * q.len()]);
+        self.layer.collect(q, part, &mut self.h[..t.len() * q.len()])
     }
 
     /// M_Q += s·h[t]ᵀ·u[t], with h the last one made or the one kept.
-    fn add_m(&mut self, q: &Range<usize>, t: Range<usize>, u: Tokens<'_, T>, v: Large<'_, T>, m: &mut [T]) {
+    fn add_m(
+        &mut self,
+        q: &Range<usize>,
+        t: Range<usize>,
+        u: Tokens<'_, T>,
+        v: Large<'_, T>,
+        m: &mut [T],
+    ) -> Result<()> {
         let small = self.layer.sizes.small();
         let h = match v {
             Large::Kept(h) => h.rows(t.start, t.len()).columns(q.start, q.len()),
             Large::Tokens(_) => Mat::new(&self.h[..t.len() * q.len()], t.len(), q.len()),
         };
         let part = u.part(t, 0..small, &mut self.copy);
-        gemm(self.layer.scale, h.t(), part, T::ONE, MatMut::new(m, q.len(), small), Pool);
+        self.layer.gemm(self.layer.scale, h.t(), part, T::ONE, MatMut::new(m, q.len(), small))
     }
 
     /// u[t] += s·h[t]·C_Q.
-    fn down(&self, q: &Range<usize>, t: Range<usize>, h: Mat<'_, T>, u: MatMut<'_, T>) {
+    fn down(&self, q: &Range<usize>, t: Range<usize>, h: Mat<'_, T>, u: MatMut<'_, T>) -> Result<()> {
         let small = self.layer.sizes.small();
         let c = Mat::new(&self.c[..q.len() * small], q.len(), small);
-        gemm(self.layer.scale, h, c, T::ONE, u.rows(t.start, t.len()), Pool);
+        self.layer.gemm(self.layer.scale, h, c, T::ONE, u.rows(t.start, t.len()))
     }
 }
 
@@ -98,7 +105,7 @@ pub(super) fn up<T: Float>(
     for q in walk.blocks() {
         walk.fill_c(&q);
         for t in pieces(u.count, plan.chunk) {
-            walk.up(&q, t, u, v);
+            walk.up(&q, t, u, v)?;
         }
     }
     Ok(())
@@ -118,9 +125,9 @@ pub(super) fn down<T: Float>(
     for q in walk.blocks() {
         walk.fill_c(&q);
         for t in pieces(v.count, plan.chunk) {
-            walk.h(&q, &t, v);
+            walk.h(&q, &t, v)?;
             let h = Mat::new(&walk.h[..t.len() * q.len()], t.len(), q.len());
-            walk.down(&q, t.clone(), h, MatMut::new(u, v.count, small));
+            walk.down(&q, t.clone(), h, MatMut::new(u, v.count, small))?;
             if let Some(keep) = &mut keep {
                 for (row, h) in t.zip(h.data.chunks(q.len())) {
                     keep[row * c + q.start..][..q.len()].copy_from_slice(h);
@@ -165,14 +172,14 @@ pub(super) fn backward<T: Float>(
         }
         for t in pieces(u.count, plan.chunk) {
             if let Large::Tokens(v) = v {
-                walk.h(&q, &t, v);
+                walk.h(&q, &t, v)?;
             }
-            walk.add_m(&q, t.clone(), u, v, m);
+            walk.add_m(&q, t.clone(), u, v, m)?;
             match &mut dx {
-                Some(dx) if layer.is_wide() => walk.up(&q, t, u, dx),
+                Some(dx) if layer.is_wide() => walk.up(&q, t, u, dx)?,
                 Some(dx) => {
                     let h = Mat::new(&walk.h[..t.len() * q.len()], t.len(), q.len());
-                    walk.down(&q, t, h, MatMut::new(dx, u.count, small));
+                    walk.down(&q, t, h, MatMut::new(dx, u.count, small))?;
                 }
                 None => {}
             }

@@ -21,7 +21,7 @@
 
 use std::ops::Range;
 
-use crate::cpu::gemm::{Mat, MatMut, Threads::Pool, gemm};
+use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, parallel};
 use crate::error::Result;
@@ -76,24 +76,42 @@ impl<T: Float> Layer<'_, T> {
         }
     }
 
+    /// c ← alpha·a·b + beta·c on all threads, in the precision that the device computes layers in.
+    pub(super) fn gemm(
+        &self,
+        alpha: T,
+        a: Mat<'_, T>,
+        b: Mat<'_, T>,
+        beta: T,
+        c: MatMut<'_, T>,
+    ) -> Result<()> {
+        T::layer_gemm(self.weight.device().host(), alpha, a, b, Onto::Itself(beta), c)
+    }
+
     /// h ← v·B_Q.
-    pub(super) fn collect(&self, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) {
+    pub(super) fn collect(&self, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) -> Result<()> {
         match self.structure {
-            Structure::Block => block::collect(self, q, v, h),
+            Structure::Block => {
+                block::collect(self, q, v, h);
+                Ok(())
+            }
             Structure::Dense => {
                 let h = MatMut::new(h, v.rows, q.len());
-                gemm(T::ONE, v, self.b.columns(q.start, q.len()), T::ZERO, h, Pool);
+                self.gemm(T::ONE, v, self.b.columns(q.start, q.len()), T::ZERO, h)
             }
         }
     }
 
     /// v += s·z·B_Qᵀ, where v has rows of D elements.
-    pub(super) fn spread(&self, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) {
+    pub(super) fn spread(&self, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) -> Result<()> {
         match self.structure {
-            Structure::Block => block::spread(self, q, z, v),
+            Structure::Block => {
+                block::spread(self, q, z, v);
+                Ok(())
+            }
             Structure::Dense => {
                 let v = MatMut::new(v, z.rows, self.sizes.large());
-                gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), T::ONE, v, Pool);
+                self.gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), T::ONE, v)
             }
         }
     }

@@ -11,7 +11,7 @@ use super::block;
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
 use crate::cpu::Float;
-use crate::cpu::gemm::{Mat, MatMut, Threads::Pool, gemm};
+use crate::cpu::gemm::{Mat, MatMut};
 use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 
@@ -68,7 +68,7 @@ impl<'a, T: Float> Builder<'a, T> {
                 let out = MatMut::new(w, dims.0, dims.1);
                 let out = if layer.is_wide() { out.t() } else { out };
                 let beta = if self.with_base { T::ONE } else { T::ZERO };
-                gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), beta, out, Pool);
+                layer.gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), beta, out)?;
             }
             Structure::Block => {
                 let left = &mut self.factor[..d.len() * layer.sizes.rank];
@@ -112,7 +112,7 @@ pub(super) fn up<T: Float>(
             let beta = if j.start == 0 { beta } else { T::ONE };
             for t in pieces(u.count, chunk) {
                 let v = MatMut::new(v, u.count, large).rows(t.start, t.len()).columns(d.start, d.len());
-                gemm(T::ONE, u.part(t, j.clone(), &mut copy), w.t(), beta, v, Pool);
+                layer.gemm(T::ONE, u.part(t, j.clone(), &mut copy), w.t(), beta, v)?;
             }
         }
     }
@@ -136,7 +136,7 @@ pub(super) fn down<T: Float>(
         let w_j = builder.build(0..large, j.clone())?;
         for t in pieces(v.count, chunk) {
             let u = MatMut::new(u, v.count, small).rows(t.start, t.len()).columns(j.start, j.len());
-            gemm(T::ONE, v.part(t, 0..large, &mut copy), w_j, beta, u, Pool);
+            layer.gemm(T::ONE, v.part(t, 0..large, &mut copy), w_j, beta, u)?;
         }
     }
     Ok(())
@@ -163,10 +163,10 @@ pub(super) fn pull<T: Float>(
         g_j.fill(T::ZERO);
         for t in pieces(u.count, chunk) {
             let (u, v) = (u.part(t.clone(), j.clone(), &mut u_copy), v.part(t, 0..large, &mut v_copy));
-            gemm(T::ONE, v.t(), u, T::ONE, MatMut::new(g_j, large, j.len()), Pool);
+            layer.gemm(T::ONE, v.t(), u, T::ONE, MatMut::new(g_j, large, j.len()))?;
         }
         let g_j = Mat::new(g_j, large, j.len());
-        gemm(layer.scale, layer.b.t(), g_j, T::ZERO, MatMut::new(m_j, c, j.len()), Pool);
+        layer.gemm(layer.scale, layer.b.t(), g_j, T::ZERO, MatMut::new(m_j, c, j.len()))?;
         layer.pull(0..c, j, m_j, to);
     }
     Ok(())
