@@ -63,21 +63,22 @@ pub(super) unsafe fn product(
     let mut packed: Vec<Line> = Vec::with_capacity(at_once.min(n).div_ceil(WIDTH) * k);
     for from in (0..n).step_by(at_once) {
         let width = at_once.min(n - from);
-        let packed = &mut packed.spare_capacity_mut()[..width.div_ceil(WIDTH) * k];
-        parallel::chunks(packed, PANELS * k, &|i, panels| {
+        let lines = width.div_ceil(WIDTH) * k;
+        packed.clear();
+        parallel::chunks(&mut packed.spare_capacity_mut()[..lines], PANELS * k, &|i, panels| {
             for (panel, to) in panels.chunks_mut(k).enumerate() {
                 let first = from + (i * PANELS + panel) * WIDTH;
                 // SAFETY: the features were found, and the columns lie within b.
                 unsafe { pack(b.columns(first, WIDTH.min(n - first)), to) }
             }
         });
-        // SAFETY: the panels were filled above.
-        let packed = unsafe { packed.assume_init_ref() };
+        // SAFETY: they were written above.
+        unsafe { packed.set_len(lines) };
         parallel::run(m.div_ceil(ROWS), 1, &|i| {
             let rows = ROWS.min(m - i * ROWS);
             // SAFETY: the features were found; the caller vouches for the rest, and no other call has
             // these rows of c.
-            unsafe { tile(alpha, a.rows(i * ROWS, rows), packed, onto, c, (i * ROWS, from, width)) }
+            unsafe { tile(alpha, a.rows(i * ROWS, rows), &packed, onto, c, (i * ROWS, from, width)) }
         });
     }
     true

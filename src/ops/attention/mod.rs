@@ -203,7 +203,7 @@ impl Attention {
             let mut sums = device.host().scratch::<T>(tk * (d + e))?;
             sums.fill(T::ZERO);
             let (sum_k, sum_v) = sums.split_at_mut(tk * d);
-            for g in 0..group {
+            for (g, dq) in dq.iter_mut().enumerate() {
                 let number = i * group + g;
                 let found = Found {
                     y: head_of(y, number / h, number % h),
@@ -211,7 +211,7 @@ impl Attention {
                     dy: head_of(dy, number / h, number % h),
                 };
                 let to = HeadGradients {
-                    dq: dq[g].as_deref_mut(),
+                    dq: dq.as_deref_mut(),
                     dk: dk.is_some().then_some(&mut *sum_k),
                     dv: dv.is_some().then_some(&mut *sum_v),
                 };
