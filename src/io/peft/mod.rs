@@ -311,11 +311,9 @@ impl Method for Within<'_> {
     fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
         let Some(first) = layers.first() else { return Ok(Some(vec![])) };
         let mut bases = self.adapter.bases(&first.device)?;
-        // Block bases that were saved with their zeros. In f64 the dense ones are more exact: the file has
-        // √n·B rounded to f32.
+        // Block bases that were saved with their zeros.
         let n = |layer: &LayerInfo| layer.small().div_ceil(self.adapter.config.rank);
         if let Some(dense) = &bases
-            && first.dtype == DType::F32
             && layers.iter().all(|layer| n(layer) == n(first))
             && let Some(blocks) = dense.blocks(n(first))?
         {
