@@ -35,14 +35,14 @@ fn options(
     RandLoraOptions { bases: Arc::new(bases), scale: 0.5, dropout: None, ways }
 }
 
-/// B_i: D×r. Of block bases √n times the rows of the basis, the others zero.
+/// B_i: D×r. Of block bases the rows of the basis, the others zero.
 fn basis(sizes: Sizes, options: &RandLoraOptions, i: usize) -> Tensor {
     let b = options.bases.b().slice(0, 0..sizes.large()).unwrap();
     if options.bases.structure() == Structure::Dense {
         return b.select(1, i).unwrap();
     }
     let n = sizes.bases();
-    let own = |d: usize| if d / sizes.rank % n == i { (n as f64).sqrt() } else { 0.0 };
+    let own = |d: usize| if d / sizes.rank % n == i { 1.0 } else { 0.0 };
     let rows: Vec<f64> = (0..sizes.large()).map(own).collect();
     let rows = Tensor::from_vec(rows, [sizes.large(), 1], &Device::cpu()).unwrap();
     b.mul(&rows.to_dtype(b.dtype()).unwrap()).unwrap()

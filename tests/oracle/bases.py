@@ -120,7 +120,9 @@ if __name__ == "__main__":
             continue
         # Block bases: row d belongs to basis d // rank mod bases, with the entries of the first.
         own = columns[:rank]
-        print(f"{name}, block: {fnv(a):#018x} {fnv([own[k][d] for d in range(large) for k in range(rank)]):#018x}")
+        factor = single(math.sqrt(bases))
+        block = [factor * single(own[k][d]) for d in range(large) for k in range(rank)]
+        print(f"{name}, block: {fnv(a):#018x} {fnv(block):#018x}")
         # Written out for PEFT in f32, for layers with 3 bases: column q is rank q // 3 of basis q mod 3.
         b = [single(single(math.sqrt(3)) * single(own[q // 3][d])) if q % 3 == d // rank % 3 else 0.0
              for d in range(large) for q in range(3 * rank)]

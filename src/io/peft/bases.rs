@@ -95,13 +95,12 @@ impl PeftAdapter {
     }
 }
 
-/// Block bases that were saved with their zeros, or else the same bases. In f64 the dense ones are more exact: a
-/// file has √n·B rounded to f32.
+/// Block bases that were saved with their zeros, or else the same bases.
 fn without_zeros(dense: Bases, layers: &[LayerInfo]) -> Result<Bases> {
     let mut counts = layers.iter().map(|layer| layer.small().div_ceil(dense.rank()));
     let Some(n) = counts.next() else { return Ok(dense) };
-    if counts.any(|other| other != n) || layers.iter().any(|layer| layer.dtype != DType::F32) {
-        return Ok(dense);
+    match counts.all(|other| other == n) {
+        true => Ok(dense.blocks(n)?.unwrap_or(dense)),
+        false => Ok(dense),
     }
-    Ok(dense.blocks(n)?.unwrap_or(dense))
 }

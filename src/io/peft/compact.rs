@@ -53,7 +53,7 @@ const FORMAT: &str = "randlora compact 1";
 /// | `from` | both | `randlora`: the format of this crate's adapters; `torch`: PEFT's draw |
 /// | `rank`, `small`, `large` | both | r and the largest sides; A is (r, small), B (large, ⌈small/r⌉, r) |
 /// | `seed` | both | a decimal number in a text |
-/// | `structure` | randlora | `dense` |
+/// | `structure` | randlora | `dense`, or `block`: B is (large, r), row d that of basis ⌊d/r⌋ mod n |
 /// | `distribution` | randlora | `uniform`, `normal` or `ternary`; with `sparsity`, a decimal number in a text |
 /// | `pairing` | randlora | `paper` or `peft` |
 /// | `draw` | torch | `bf16` or `f16`: uniform, in that type; `sparse`, `very_sparse` |
@@ -114,7 +114,7 @@ fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
         |pick: fn(usize, usize) -> usize| saved.sizes.iter().map(|&[a, b]| pick(a, b)).max().unwrap_or(0);
     let (small, large) = (side(usize::min), side(usize::max));
     let read = small.div_ceil(rank);
-    // Block bases may have been through PEFT's form, where they have their zeros, times √n and rounded.
+    // Block bases may have been through PEFT's form, where they have their zeros.
     let mut bases = Bases::clone(bases);
     if again.structure() == Structure::Block
         && saved.sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read)

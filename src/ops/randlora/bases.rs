@@ -30,8 +30,8 @@ pub enum Structure {
     /// Every row belongs to one basis, row d to basis ⌊d/r⌋ mod n; in the others it is zero.
     ///
     /// Ours, beyond the paper. A legal choice of random bases with as many trained numbers and full
-    /// rank, for a layer's first m rows have min(r, rows) of each basis, which add up to m. B_i is
-    /// multiplied by √n, so that the entries of ΔW have the variance that dense bases give them. B
+    /// rank, for a layer's first m rows have min(r, rows) of each basis, which add up to m. The entries
+    /// are √n times those of dense bases, so that the entries of ΔW have the same variance. B
     /// is n times smaller and ΔW n times cheaper to build. Blocks of r rows, taken by the bases in
     /// turn, so that layers of one smaller side and several larger ones share one B: the rows of
     /// the smaller layer are the first ones of the larger layer.
@@ -47,6 +47,8 @@ pub struct Bases {
     b: Tensor,
     structure: Structure,
     pairing: Pairing,
+    /// The n of the factor √n that block bases were made with.
+    made_for: usize,
 }
 
 impl Bases {
@@ -57,17 +59,18 @@ impl Bases {
             let message = format!("A is {}, not (r, M), or B is {}, not (D, N, r)", a.shape(), b.shape());
             return Err(Error::shape("bases", message));
         };
-        Bases::checked(a, b, (rank, b_rank), Structure::Dense, pairing)
+        Bases::checked(a, b, (rank, b_rank), Structure::Dense, pairing, 1)
     }
 
-    /// Block bases with these matrices: A of shape (r, M), B of shape (D, r), both f32 or both f64.
+    /// Block bases with these matrices: A of shape (r, M), B of shape (D, r), both f32 or both f64, with
+    /// the factor √n for layers with `n` bases; layers with another number m get √(m/n) on top.
     /// Their columns are paired as in the paper; saving puts them where PEFT wants them.
-    pub fn block(a: &Tensor, b: &Tensor) -> Result<Bases> {
+    pub fn block(a: &Tensor, b: &Tensor, n: usize) -> Result<Bases> {
         let (&[rank, _], &[_, b_rank]) = (a.dims(), b.dims()) else {
             let message = format!("A is {}, not (r, M), or B is {}, not (D, r)", a.shape(), b.shape());
             return Err(Error::shape("bases", message));
         };
-        Bases::checked(a, b, (rank, b_rank), Structure::Block, Pairing::Paper)
+        Bases::checked(a, b, (rank, b_rank), Structure::Block, Pairing::Paper, n.max(1))
     }
 
     fn checked(
@@ -76,6 +79,7 @@ impl Bases {
         (rank, b_rank): (usize, usize),
         structure: Structure,
         pairing: Pairing,
+        made_for: usize,
     ) -> Result<Bases> {
         if rank != b_rank || rank == 0 {
             return Err(Error::shape(
@@ -89,7 +93,7 @@ impl Bases {
                 format!("{} only stores: cast with `to_dtype(DType::F32)`", a.dtype()),
             ));
         }
-        Ok(Bases { a: compute::contiguous(a)?, b: compute::contiguous(b)?, structure, pairing })
+        Ok(Bases { a: compute::contiguous(a)?, b: compute::contiguous(b)?, structure, pairing, made_for })
     }
 
     /// r: the rank of one basis.
@@ -102,7 +106,7 @@ impl Bases {
         &self.a
     }
 
-    /// B, of shape (D, N, r), or (D, r) of block bases, without their factor √n.
+    /// B, of shape (D, N, r), or (D, r) of block bases.
     pub fn b(&self) -> &Tensor {
         &self.b
     }
@@ -120,6 +124,14 @@ impl Bases {
     /// The same bases in another type. f32 to f64 is exact.
     pub fn to_dtype(&self, dtype: DType) -> Result<Bases> {
         Ok(Bases { a: self.a.to_dtype(dtype)?, b: self.b.to_dtype(dtype)?, ..*self })
+    }
+
+    /// What the entries of B are multiplied by in a layer with `n` bases.
+    pub(super) fn factor(&self, n: usize) -> f64 {
+        match self.structure {
+            Structure::Dense => 1.0,
+            Structure::Block => (n as f64 / self.made_for as f64).sqrt(),
+        }
     }
 
     /// These bases with the zeros of block bases written out, for layers with `n` bases: what PEFT
@@ -144,7 +156,7 @@ impl Bases {
         let shape = Shape::new(&[self.b.dims()[0], n, rank])?;
         let mut dense = self.b.device().host().buffer::<T>(shape.numel())?;
         dense.fill(T::ZERO);
-        let factor = T::from_f64((n as f64).sqrt());
+        let factor = T::from_f64(self.factor(n));
         let rows = self.b.elements::<T>()?.chunks(rank).zip(dense.chunks_mut((n * rank).max(1)));
         for (d, (row, dense)) in rows.enumerate() {
             let places = dense.iter_mut().skip(d / rank % n.max(1)).step_by(n.max(1));
@@ -153,29 +165,28 @@ impl Bases {
         Ok(Tensor::from_buffer(dense, shape, self.b.device()))
     }
 
-    /// The reverse of [`Bases::dense`]: block bases of which that makes exactly these, if there are any.
-    /// For bases in f32, as files have them.
+    /// The reverse of [`Bases::dense`]: the block bases of which that makes these, if there are any.
     pub(crate) fn blocks(&self, n: usize) -> Result<Option<Bases>> {
+        dispatch!("bases", self.b.dtype(), T => self.blocks_of::<T>(n))
+    }
+
+    fn blocks_of<T: Float>(&self, n: usize) -> Result<Option<Bases>> {
         let &[large, bases, rank] = self.b.dims() else { return Ok(None) };
         if n < 2 || n > bases || self.pairing != Pairing::Peft {
             return Ok(None);
         }
-        let factor = (n as f64).sqrt() as f32;
         let mut blocks = Vec::with_capacity(large * rank);
-        for (d, row) in self.b.elements::<f32>()?.chunks(bases * rank).enumerate() {
-            let is_own = |q: usize| q < n * rank && q % n == d / rank % n;
+        for (d, row) in self.b.elements::<T>()?.chunks(bases * rank).enumerate() {
             for (q, &entry) in row.iter().enumerate() {
-                let quotient = entry / factor;
-                let near = [quotient, quotient.next_up(), quotient.next_down()];
-                match near.into_iter().find(|near| factor * near == entry) {
-                    Some(found) if is_own(q) => blocks.push(found),
-                    Some(_) if entry == 0.0 => {}
-                    _ => return Ok(None),
+                if q < n * rank && q % n == d / rank % n {
+                    blocks.push(entry);
+                } else if entry != T::ZERO {
+                    return Ok(None);
                 }
             }
         }
         let b = Tensor::from_vec(blocks, [large, rank], self.b.device())?;
-        Bases::block(&self.a, &b).map(Some)
+        Bases::block(&self.a, &b, n).map(Some)
     }
 
     /// An error where a layer is larger than the bases.

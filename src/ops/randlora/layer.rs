@@ -40,7 +40,7 @@ pub(super) struct Layer<'a, T> {
     pub(super) sizes: Sizes,
     pub(super) structure: Structure,
     pub(super) pairing: Pairing,
-    /// s, times √n with block bases.
+    /// s, with what block bases made for another number of bases lack.
     pub(super) scale: T,
     /// A: r×m.
     pub(super) a: Mat<'a, T>,

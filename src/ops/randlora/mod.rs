@@ -185,16 +185,11 @@ impl RandLora {
     ) -> Result<R> {
         let (a, b) = self.bases.layer::<T>(self.sizes)?;
         let (lambda, gamma) = (compute::contiguous(lambda)?, compute::contiguous(gamma)?);
-        let structure = self.bases.structure();
-        let factor = match structure {
-            Structure::Dense => 1.0,
-            Structure::Block => (self.sizes.bases() as f64).sqrt(),
-        };
         f(&Layer {
             sizes: self.sizes,
-            structure,
+            structure: self.bases.structure(),
             pairing: self.bases.pairing(),
-            scale: T::from_f64(self.scale * factor),
+            scale: T::from_f64(self.scale * self.bases.factor(self.sizes.bases())),
             a,
             b,
             lambda: lambda.elements()?,

@@ -32,7 +32,7 @@ fn bases(sizes: Sizes, kind: Kind, dtype: DType) -> Arc<Bases> {
     let a = tensor(&[sizes.rank, sizes.small() + 2], 11, dtype);
     let Some(pairing) = kind else {
         let b = tensor(&[sizes.large() + 3, sizes.rank], 12, dtype);
-        return Arc::new(Bases::block(&a, &b).unwrap());
+        return Arc::new(Bases::block(&a, &b, 3).unwrap());
     };
     let b = tensor(&[sizes.large() + 3, sizes.bases() + 1, sizes.rank], 12, dtype);
     Arc::new(Bases::new(&a, &b, pairing).unwrap())
@@ -46,7 +46,7 @@ fn naive_delta(sizes: Sizes, bases: &Bases, scale: f64, lambda: &[f64], gamma: &
     let a_width = bases.a().dims()[1];
     let b_at = |large: usize, q: usize| match bases.structure() {
         Structure::Dense => b[(large * bases.b().dims()[1] + q / r) * r + q % r],
-        Structure::Block if large / r % n == q / r => (n as f64).sqrt() * b[large * r + q % r],
+        Structure::Block if large / r % n == q / r => (n as f64 / 3.0).sqrt() * b[large * r + q % r],
         Structure::Block => 0.0,
     };
     let element = |large: usize, small: usize| {
