@@ -32,7 +32,8 @@ pub fn singular_values(x: &Tensor) -> Result<Vec<f64>> {
 ///
 /// let x = Tensor::from_vec(vec![3.0, 0.0, 0.0, 4.0], [2, 2], &Device::cpu())?;
 /// let (b, a) = analysis::low_rank(&x, 1)?;
-/// assert_eq!(b.matmul(&a)?.to_vec::<f64>()?, [0.0, 0.0, 0.0, 4.0]);
+/// let near = b.matmul(&a)?.to_vec::<f64>()?;
+/// assert!(near.iter().zip([0.0, 0.0, 0.0, 4.0]).all(|(x, want)| (x - want).abs() < 1e-14));
 /// # Ok::<(), randlora::Error>(())
 /// ```
 ///

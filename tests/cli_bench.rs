@@ -40,7 +40,9 @@ fn a_layer() {
         assert!(number(&found, field) > 0.0, "{field}: {found}");
     }
     for (factor, ms) in [("randlora_factor", "randlora_ms"), ("lora_factor", "lora_ms")] {
-        assert_eq!(number(&found, factor), number(&found, ms) / number(&found, "frozen_ms"));
+        // JSON's reader may be off in the last bit.
+        let want = number(&found, ms) / number(&found, "frozen_ms");
+        assert!((number(&found, factor) / want - 1.0).abs() < 1e-14, "{factor}: {found}");
     }
     let sizes = Sizes { tokens: 33, inputs: 24, outputs: 40, rank: 5 };
     let wants = Wants { diagonals: true, input: true, dropout: false };
@@ -48,7 +50,7 @@ fn a_layer() {
     let route = [plan.forward, plan.backward].map(|way| format!("{way:?}").to_lowercase());
     assert_eq!(found["route"], json!({ "forward": route[0], "backward": route[1] }));
     let ratio = 1.0 + plan.extra_flops(sizes, wants) / Plan::frozen_flops(sizes, wants);
-    assert_eq!(number(&found, "flop_ratio"), ratio);
+    assert!((number(&found, "flop_ratio") / ratio - 1.0).abs() < 1e-14);
 
     let block = object(&layer(&["--bases", "block", "--threads", "2"]));
     assert_eq!((&found["bases"], &block["bases"]), (&json!("uniform"), &json!("block")));
@@ -153,7 +155,7 @@ fn wrong_inputs() {
         &["bench", "layer", "--tokens", "8", "--in", "8", "--out", "-8"],
         &["bench", "layer", "--tokens", "8", "--in", "8", "--out", "8", "--rounds", "0"],
         &["bench", "step"],
-        &["bench", "step", "--model", "m", "--method", "dora"],
+        &["bench", "step", "--model", "m", "--method", "none"],
         &["bench", "step", "--model", "m", "--batch-size", "0"],
         &["bench", "step", "--model", "m", "--length", "0"],
         &["bench", "step", "--model", "m", "--steps", "0"],

@@ -341,7 +341,7 @@ fn misuse_ends_with_2() {
     let (adapter, before) = (fixture("our_adapters/lora"), work.tree());
     for settings in [
         &["--nonsense"][..],
-        &["--method", "dora"],
+        &["--method", "none"],
         &["--task", "rank"],
         &["--rank", "0"],
         &["--epochs", "0"],
