@@ -23,6 +23,14 @@ pub fn singular_values(x: &Tensor) -> Result<Vec<f64>> {
     linalg::singular_values(x)
 }
 
+/// The Frobenius norm √Σ xᵢⱼ² of a tensor of any type, summed in f64.
+///
+/// # Errors
+/// None for a tensor that can be read.
+pub fn norm(x: &Tensor) -> Result<f64> {
+    linalg::norm(x)
+}
+
 /// The matrix of this rank that is nearest to a matrix (Eckart and Young, 1936), as two factors in f64: B (rows, r)
 /// and A (r, columns) with X ≈ B·A, their columns and rows of the same length √σᵢ. The rank is at most the smaller
 /// side.

@@ -63,6 +63,12 @@ pub(crate) fn singular_values(x: &Tensor) -> Result<Vec<f64>> {
     Ok(turned(rows_of_r(&columns, false)).iter().map(|column| column.square.sqrt()).collect())
 }
 
+/// The Frobenius norm, summed in f64.
+pub(crate) fn norm(x: &Tensor) -> Result<f64> {
+    let x = x.to_dtype(DType::F64)?.to_vec::<f64>()?;
+    Ok(x.iter().map(|x| x * x).sum::<f64>().sqrt())
+}
+
 /// The columns of a tall matrix or the rows of a wide one, their number and their length, and whether it was
 /// wide.
 fn columns(x: &Tensor) -> Result<(bool, [usize; 2], Vec<Vec<f64>>)> {

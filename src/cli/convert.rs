@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use randlora::adapters::{LayerInfo, Lora, LoraAdapter};
-use randlora::analysis::low_rank;
+use randlora::analysis::{low_rank, norm};
 use randlora::io::{Access, Adapter, Checkpoint, PeftTask, save_compact, save_peft};
 use randlora::models::Bert;
 use randlora::nn::{ItemMut, Linear, LinearAdapter, Module};
-use randlora::{DType, Device, Error, Result, Tensor};
+use randlora::{DType, Device, Error, Result};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -161,11 +161,6 @@ fn near(name: &str, layer: &Linear, rank: usize) -> Result<(String, LoraAdapter,
     }
     let (left, size) = (norm(&lora.delta(weight)?.sub(&delta)?)?, norm(&delta)?);
     Ok((name.into(), lora, if size > 0.0 { left / size } else { 0.0 }))
-}
-
-/// The Frobenius norm, summed in f64.
-fn norm(x: &Tensor) -> Result<f64> {
-    Ok(x.to_dtype(DType::F64)?.to_vec::<f64>()?.iter().map(|x| x * x).sum::<f64>().sqrt())
 }
 
 fn report(args: &Args, errors: &[(String, f64)]) -> Result<()> {

@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::Gradients;
+use crate::linalg::norm;
 use crate::nn::{Context, Init, Item, ItemMut, Module, Parameter, join};
 use crate::tensor::Tensor;
 
@@ -247,12 +248,6 @@ impl Merged {
     pub fn lost(&self) -> f64 {
         self.lost
     }
-}
-
-/// The Frobenius norm, summed in f64.
-fn norm(x: &Tensor) -> Result<f64> {
-    let squares = x.to_dtype(DType::F64)?.to_vec::<f64>()?;
-    Ok(squares.iter().map(|x| x * x).sum::<f64>().sqrt())
 }
 
 impl Module for Linear {

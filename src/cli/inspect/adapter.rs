@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use randlora::analysis::norm;
 use randlora::io::{Access, Adapter, Checkpoint, OwnAdapter, PeftAdapter};
 use randlora::nn::{Linear, LinearAdapter, Module};
-use randlora::{DType, Device, Tensor};
+use randlora::{Device, Tensor};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -148,12 +149,6 @@ fn layer_of_model(
         value.extend(found);
     }
     Ok(value)
-}
-
-/// The Frobenius norm, summed in f64.
-fn norm(x: &Tensor) -> Result<f64, Failure> {
-    let squares = x.to_dtype(DType::F32)?.to_vec::<f32>()?;
-    Ok(squares.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt())
 }
 
 fn bytes(x: &Tensor) -> usize {
