@@ -4,9 +4,11 @@
 use crate::cpu::elementwise::{self, View};
 use crate::cpu::reduce::{self, Fold};
 use crate::cpu::{Float, dispatch};
+use crate::device::Device;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::shape::{MAX_RANK, Shape};
+use crate::opencl;
+use crate::shape::{Layout, MAX_RANK, Shape};
 use crate::storage::{Stored, dispatch_stored};
 use crate::tensor::Tensor;
 
@@ -46,6 +48,51 @@ fn zip_blocks<T: Float>(
     Ok(Tensor::from_buffer(out, shape, x.device()))
 }
 
+/// The kernel `add`, `sub`, `mul`, `div` or `equal` of every pair of elements on an OpenCL device, the smaller
+/// tensor broadcast.
+pub(crate) fn cl_zip(op: &'static str, kernel: &'static str, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let shape = x.shape().broadcast(y.shape(), op)?;
+    let spread = |x: &Tensor| Ok(x.with_layout(x.layout().broadcast_to(&shape, op)?));
+    let (x, y) = (spread(x)?, spread(y)?);
+    let out = opencl::elementwise::binary(kernel, x.cl()?, y.cl()?)?;
+    Ok(Tensor::from_cl(out, x.dtype(), shape, x.device()))
+}
+
+/// c·x on an OpenCL device.
+pub(crate) fn cl_scale(x: &Tensor, c: f64) -> Result<Tensor> {
+    let out = opencl::elementwise::pointwise("scale_forward", x.cl()?, c)?;
+    Ok(Tensor::from_cl(out, x.dtype(), *x.shape(), x.device()))
+}
+
+/// Whether all are f32: what kernels on OpenCL devices compute in.
+pub(crate) fn all_f32(x: &[&Tensor]) -> bool {
+    x.iter().all(|x| x.dtype() == DType::F32)
+}
+
+/// What `f` makes of the tensors in host memory, back on the device that they are on, for operations that it
+/// has no kernel for. Counted under the name `op`.
+pub(crate) fn through_host(
+    op: &'static str,
+    device: &Device,
+    x: &[&Tensor],
+    f: impl FnOnce(&[Tensor]) -> Result<Vec<Option<Tensor>>>,
+) -> Result<Vec<Option<Tensor>>> {
+    device.count_round_trip(op)?;
+    let host = device.on_host();
+    let x = x.iter().map(|x| x.moved(&host)).collect::<Result<Vec<_>>>()?;
+    f(&x)?.into_iter().map(|y| y.map(|y| y.moved(device)).transpose()).collect()
+}
+
+/// [`through_host`] for one result.
+fn one_through_host(
+    op: &'static str,
+    x: &[&Tensor],
+    f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let found = through_host(op, x[0].device(), x, |x| Ok(vec![Some(f(x)?)]))?;
+    found.into_iter().flatten().next().ok_or_else(|| Error::opencl(op, "nothing came back"))
+}
+
 /// The type of both, or an error that names the cast to make.
 pub(crate) fn same_dtype(op: &'static str, x: &Tensor, y: &Tensor) -> Result<DType> {
     if x.dtype() != y.dtype() {
@@ -71,6 +118,22 @@ pub(crate) fn fold<T: Float>(x: &Tensor, dims: &[usize], by: impl Fold<T>) -> Re
     Ok(Tensor::from_buffer(out, shape, x.device()))
 }
 
+/// The sum over the dimensions in `dims`, which stay with size 1.
+fn sum(op: &'static str, x: &Tensor, dims: &[usize]) -> Result<Tensor> {
+    match (x.is_on_opencl(), x.dtype()) {
+        (false, dtype) => dispatch!(op, dtype, T => fold::<T>(x, dims, reduce::Sum)),
+        (true, DType::F32) => cl_sum(x, dims, 1.0),
+        (true, _) => one_through_host(op, &[x], |x| sum(op, &x[0], dims)),
+    }
+}
+
+/// `factor` times the sum over the dimensions in `dims`, which stay with size 1, on an OpenCL device.
+pub(crate) fn cl_sum(x: &Tensor, dims: &[usize], factor: f64) -> Result<Tensor> {
+    let shape = dims.iter().try_fold(*x.shape(), |shape, &dim| shape.with_dim(dim, 1))?;
+    let out = opencl::reduce::sum(x.cl()?, dims, factor)?;
+    Ok(Tensor::from_cl(out, x.dtype(), shape, x.device()))
+}
+
 /// `x` summed over the dimensions along which `shape` was broadcast to x's shape. A gradient that
 /// is itself still broadcast (smaller than `shape`) is spread out.
 pub(crate) fn sum_to(x: &Tensor, shape: &Shape) -> Result<Tensor> {
@@ -86,8 +149,7 @@ pub(crate) fn sum_to(x: &Tensor, shape: &Shape) -> Result<Tensor> {
     let extra = x.rank() - shape.rank();
     let dims: Vec<usize> =
         (0..x.rank()).filter(|&d| d < extra || (shape[d - extra] == 1 && x.dims()[d] != 1)).collect();
-    let summed = dispatch!("gradient", x.dtype(), T => fold::<T>(x, &dims, reduce::Sum))?;
-    reshape(&summed, *shape)
+    reshape(&sum("gradient", x, &dims)?, *shape)
 }
 
 /// The same elements under another shape: a view where the layout allows it.
@@ -113,7 +175,16 @@ pub(crate) fn contiguous(x: &Tensor) -> Result<Tensor> {
     if x.is_contiguous() {
         return Ok(x.detach());
     }
+    if x.is_on_opencl() {
+        return cl_copy(x);
+    }
     dispatch_stored!(x.dtype(), T => map::<T, T>(x, |v| v))
+}
+
+/// A copy with its elements one after another on the same OpenCL device.
+fn cl_copy(x: &Tensor) -> Result<Tensor> {
+    let out = opencl::elementwise::contiguous(x.cl()?, x.dtype())?;
+    Ok(Tensor::from_cl(out, x.dtype(), *x.shape(), x.device()))
 }
 
 /// The last two dimensions swapped.
@@ -134,6 +205,8 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
         return Ok(x.detach());
     }
     match (x.dtype(), dtype) {
+        (DType::BF16 | DType::F16, DType::F32) if x.is_on_opencl() => cl_widen(x),
+        _ if x.is_on_opencl() => one_through_host("to_dtype", &[x], |x| cast(&x[0], dtype)),
         // The narrow types' way to f32 vectorises.
         (DType::BF16, DType::F32) => map::<crate::dtype::BF16, f32>(x, |v| v.to_f32()),
         (DType::F16, DType::F32) => map::<crate::dtype::F16, f32>(x, |v| v.to_f32()),
@@ -143,10 +216,28 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     }
 }
 
+/// The elements of a narrow type as f32 on an OpenCL device.
+fn cl_widen(x: &Tensor) -> Result<Tensor> {
+    let (view, layout) = (x.cl()?, Layout::contiguous(*x.shape()));
+    let out = opencl::floats(view.data.runtime(), x.numel())?;
+    opencl::elementwise::widen(view, x.dtype(), &out, &layout)?;
+    Ok(Tensor::from_cl(out, DType::F32, *x.shape(), x.device()))
+}
+
 /// a + x, in a's own memory where nobody else can see it.
 pub(crate) fn accumulate(mut a: Tensor, x: &Tensor) -> Result<Tensor> {
     if a.shape() != x.shape() {
         return Err(Error::shape("gradient", format!("{} and {} are not of one leaf", a.shape(), x.shape())));
+    }
+    if a.is_on_opencl() {
+        return match a.dtype() {
+            DType::F32 if a.is_unique() => {
+                opencl::elementwise::add_in_place(a.cl()?, x.cl()?)?;
+                Ok(a)
+            }
+            DType::F32 => cl_zip("gradient", "add", &a, x),
+            _ => one_through_host("gradient", &[&a, x], |both| accumulate(both[0].clone(), &both[1])),
+        };
     }
     dispatch!("gradient", a.dtype(), T => {
         match a.unique_mut::<T>() {
@@ -165,4 +256,26 @@ pub(crate) fn write<T: Stored>(x: &mut Tensor) -> Result<&mut [T]> {
         *x = map::<T, T>(x, |v| v)?;
     }
     Ok(x.unique_mut::<T>().expect("a fresh copy is nobody else's"))
+}
+
+/// Makes sure that nobody else holds the buffer on the OpenCL device, by a copy where somebody does: kernels
+/// may write to it then.
+pub(crate) fn cl_own(x: &mut Tensor) -> Result<&Tensor> {
+    if !x.is_unique() {
+        *x = cl_copy(x)?;
+    }
+    Ok(x)
+}
+
+/// Multiplies all elements on the OpenCL device by `factor`, in place where nobody else holds them.
+pub(crate) fn cl_scale_own(x: &mut Tensor, factor: f64) -> Result<()> {
+    if x.dtype() == DType::F32 {
+        return opencl::elementwise::scale_in_place(cl_own(x)?.cl()?, factor);
+    }
+    *x = one_through_host(
+        "gradient",
+        &[x],
+        |x| dispatch!("gradient", x[0].dtype(), T => map::<T, T>(&x[0], |v| v * T::from_f64(factor))),
+    )?;
+    Ok(())
 }

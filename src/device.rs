@@ -3,6 +3,8 @@
 //! Nothing here is global: two devices share nothing, and dropping the last tensor and handle of
 //! one gives everything back.
 
+mod opencl;
+
 use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -10,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::dtype::{BF16, F16};
 use crate::error::{Error, Result};
+pub use opencl::ClDevice;
 
 /// Where tensors live and computations run.
 #[derive(Clone, Debug)]
@@ -17,6 +20,8 @@ use crate::error::{Error, Result};
 pub enum Device {
     /// The processor, working in the caller's rayon pool.
     Cpu(Arc<CpuDevice>),
+    /// A device that OpenCL knows: a GPU, or the processor by way of a driver for it.
+    OpenCl(Arc<ClDevice>),
 }
 
 impl Device {
@@ -58,42 +63,89 @@ impl Device {
 
     /// What the device holds now and has held at most.
     pub fn memory(&self) -> Memory {
-        let Device::Cpu(cpu) = self;
-        Memory {
-            live_bytes: cpu.live.load(Relaxed),
-            peak_bytes: cpu.peak.load(Relaxed),
-            scratch_peak_bytes: cpu.scratch_peak.load(Relaxed),
-            kept_bytes: cpu.kept.load(Relaxed),
+        match self {
+            Device::Cpu(cpu) => Memory {
+                live_bytes: cpu.live.load(Relaxed),
+                peak_bytes: cpu.peak.load(Relaxed),
+                scratch_peak_bytes: cpu.scratch_peak.load(Relaxed),
+                kept_bytes: cpu.kept.load(Relaxed),
+            },
+            Device::OpenCl(cl) => {
+                let bytes = cl.runtime.memory();
+                Memory {
+                    live_bytes: bytes.live,
+                    peak_bytes: bytes.peak,
+                    scratch_peak_bytes: 0,
+                    kept_bytes: bytes.kept,
+                }
+            }
         }
     }
 
     /// Starts the peaks of [`Device::memory`] over from what is held now.
     pub fn reset_peaks(&self) {
-        let Device::Cpu(cpu) = self;
-        cpu.peak.store(cpu.live.load(Relaxed), Relaxed);
-        cpu.scratch_peak.store(cpu.scratch.load(Relaxed), Relaxed);
+        match self {
+            Device::Cpu(cpu) => {
+                cpu.peak.store(cpu.live.load(Relaxed), Relaxed);
+                cpu.scratch_peak.store(cpu.scratch.load(Relaxed), Relaxed);
+            }
+            Device::OpenCl(cl) => cl.runtime.reset_peak(),
+        }
     }
 
     /// Gives memory that is kept for reuse back to the system.
     pub fn trim(&self) {
-        let Device::Cpu(cpu) = self;
-        cpu.evict(usize::MAX);
+        self.host().evict(usize::MAX);
+        if let Device::OpenCl(cl) = self {
+            cl.runtime.trim();
+        }
     }
 
     /// How many graph nodes have been made here so far. Evaluation makes none.
     pub fn nodes_made(&self) -> usize {
-        let Device::Cpu(cpu) = self;
-        cpu.nodes.load(Relaxed)
+        self.nodes().load(Relaxed)
     }
 
     pub(crate) fn count_node(&self) {
-        let Device::Cpu(cpu) = self;
-        cpu.nodes.fetch_add(1, Relaxed);
+        self.nodes().fetch_add(1, Relaxed);
     }
 
+    fn nodes(&self) -> &AtomicUsize {
+        match self {
+            Device::Cpu(cpu) => &cpu.nodes,
+            Device::OpenCl(cl) => &cl.nodes,
+        }
+    }
+
+    /// Whether both are one device. All CPU devices are: they differ in what they count, not in place.
+    pub(crate) fn is(&self, other: &Device) -> bool {
+        match (self, other) {
+            (Device::Cpu(_), Device::Cpu(_)) => true,
+            (Device::OpenCl(a), Device::OpenCl(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
+    /// The processor's part: of an OpenCL device, what computes the operations that it has no kernel for.
     pub(crate) fn host(&self) -> &Arc<CpuDevice> {
-        let Device::Cpu(cpu) = self;
-        cpu
+        match self {
+            Device::Cpu(cpu) => cpu,
+            Device::OpenCl(cl) => &cl.host,
+        }
+    }
+
+    /// [`Device::host`] as a device: itself for a CPU.
+    pub(crate) fn on_host(&self) -> Device {
+        Device::Cpu(self.host().clone())
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu(_) => f.write_str("the CPU"),
+            Device::OpenCl(cl) => write!(f, "OpenCL device `{}`", cl.runtime.info().name),
+        }
     }
 }
 

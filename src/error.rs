@@ -114,6 +114,13 @@ pub enum Error {
         /// What is wrong with it, and where.
         message: String,
     },
+    /// An OpenCL device is not there, or refused what it was asked for.
+    OpenCl {
+        /// What was asked for: a kernel by its name, a file of kernels, `open`.
+        what: String,
+        /// The driver's reason, for kernels that do not build with the log.
+        message: String,
+    },
     /// The operating system refused to read or write a file.
     Io {
         /// The file.
@@ -134,6 +141,10 @@ impl Error {
 
     pub(crate) fn config(what: &'static str, message: impl Into<String>) -> Error {
         Error::Config { what, message: message.into() }
+    }
+
+    pub(crate) fn opencl(what: impl Into<String>, message: impl Into<String>) -> Error {
+        Error::OpenCl { what: what.into(), message: message.into() }
     }
 
     pub(crate) fn data(what: impl Into<String>, message: impl Into<String>) -> Error {
@@ -191,6 +202,7 @@ impl fmt::Display for Error {
                  scale, or clip the gradients"
             ),
             Error::Data { what, message } => write!(f, "{what}: {message}"),
+            Error::OpenCl { what, message } => write!(f, "OpenCL, {what}: {message}"),
             Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
         }
     }

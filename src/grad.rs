@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::compute;
 use crate::cpu::{dispatch, parallel};
+use crate::device::Device;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::tensor::{History, Tensor};
@@ -88,6 +89,13 @@ pub trait Op: fmt::Debug + Send + Sync + 'static {
 
     /// What `vjp` reads under this mask. All else keeps its shape and loses its data.
     fn saves(&self, need: &[bool]) -> Saves;
+
+    /// Whether `forward` and `vjp` work on inputs of these shapes and types on an OpenCL device, as they do
+    /// where they are made of this crate's operations alone. Where they do not, the engine takes the inputs to
+    /// the host and the results back, and counts that in [`Device::round_trips`](crate::Device::round_trips).
+    fn runs_on_opencl(&self, _x: &[&Tensor]) -> bool {
+        false
+    }
 }
 
 /// Which values are kept from forward to vjp.
@@ -182,7 +190,7 @@ pub fn apply(op: impl Op, x: &[&Tensor]) -> Result<Tensor> {
 /// Compiled once, not once for every operation.
 fn apply_boxed(op: Box<dyn Op>, x: &[&Tensor]) -> Result<Tensor> {
     let plain: Vec<Tensor> = x.iter().map(|x| x.detach()).collect();
-    let (y, aux) = op.forward(&plain.iter().collect::<Vec<_>>())?;
+    let (y, aux) = forward(&*op, &plain.iter().collect::<Vec<_>>())?;
     if y.is_tracked() {
         let message = "forward returned a tracked tensor, whose gradient would be lost: pass what it \
                        captured as an input";
@@ -204,6 +212,45 @@ fn apply_boxed(op: Box<dyn Op>, x: &[&Tensor]) -> Result<Tensor> {
     let step = Step { op, parents, saved: Mutex::new(Some(saved)) };
     let node: History = Arc::new(Node::Step(step));
     Ok(y.with_history(Some(node)))
+}
+
+/// The op's forward where its inputs are, or on the host where their device has no kernel for it.
+fn forward(op: &dyn Op, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
+    let Some(device) = opencl_device(op, x)? else { return op.forward(x) };
+    let results = compute::through_host(op.name(), &device, x, |x| {
+        let (y, aux) = op.forward(&x.iter().collect::<Vec<_>>())?;
+        Ok([y].into_iter().chain(aux).map(Some).collect())
+    })?;
+    let mut results = results.into_iter().flatten();
+    let y = results.next().ok_or_else(|| Error::opencl(op.name(), "nothing came back"))?;
+    Ok((y, results.collect()))
+}
+
+/// The same for the vjp.
+fn vjp(op: &dyn Op, saved: &Saved, dy: &Tensor, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
+    let Saved { x, y, aux } = saved;
+    let x: Vec<&Tensor> = x.iter().collect();
+    let Some(device) = opencl_device(op, &x)? else { return op.vjp(&x, y, aux, dy, need) };
+    let all: Vec<&Tensor> = x.iter().copied().chain(aux).chain([y, dy]).collect();
+    compute::through_host(op.name(), &device, &all, |all| {
+        let (inputs, rest) = all.split_at(x.len());
+        let (aux, last) = rest.split_at(aux.len());
+        op.vjp(&inputs.iter().collect::<Vec<_>>(), &last[0], aux, &last[1], need)
+    })
+}
+
+/// The OpenCL device that the inputs are on, where it has no kernel for the op.
+///
+/// # Errors
+/// [`Error::Config`] for inputs on different devices.
+fn opencl_device(op: &dyn Op, x: &[&Tensor]) -> Result<Option<Device>> {
+    let Some(first) = x.first() else { return Ok(None) };
+    if let Some(other) = x.iter().find(|x| !x.device().is(first.device())) {
+        let places = format!("{} and {}", first.device(), other.device());
+        let message = format!("`{}` has inputs on {places}: move one with `to_device`", op.name());
+        return Err(Error::config("device", message));
+    }
+    Ok((first.is_on_opencl() && !op.runs_on_opencl(x)).then(|| first.device().clone()))
 }
 
 fn node_of(x: &Tensor) -> Option<Arc<Node>> {
@@ -339,9 +386,10 @@ impl Step {
     fn run_vjp(&self, dy: &Tensor) -> Result<Vec<(&Arc<Node>, Tensor)>> {
         let op = self.op.name();
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Saved { x, y, aux } = saved.ok_or(Error::GraphUsed { op })?;
+        let saved = saved.ok_or(Error::GraphUsed { op })?;
         let need: Vec<bool> = self.parents.iter().map(Option::is_some).collect();
-        let mut dx = self.op.vjp(&x.iter().collect::<Vec<_>>(), &y, &aux, dy, &need)?;
+        let mut dx = vjp(&*self.op, &saved, dy, &need)?;
+        let x = saved.x;
         dx.resize(x.len(), None);
         let mut found = Vec::with_capacity(x.len());
         for (input, ((parent, dx), x)) in self.parents.iter().zip(dx).zip(&x).enumerate() {
@@ -401,6 +449,9 @@ impl Gradients {
     /// Multiplies every gradient by a number.
     pub fn scale(&mut self, factor: f64) -> Result<()> {
         self.by_leaf.values_mut().try_for_each(|(_, gradient)| {
+            if gradient.is_on_opencl() {
+                return compute::cl_scale_own(gradient, factor);
+            }
             dispatch!("gradient", gradient.dtype(), T => {
                 let factor = T::from_f64(factor);
                 parallel::chunks(compute::write::<T>(gradient)?, parallel::GRAIN, &|_, chunk| {

@@ -199,8 +199,8 @@
 //! # What it does not do
 //!
 //! First derivatives only: a vjp runs untracked. Computation is in f32 and f64; bf16 and f16 store
-//! frozen weights, and layers can round to bf16 what they multiply ([`Precision`]). One device so far,
-//! the CPU.
+//! frozen weights, and layers can round to bf16 what they multiply ([`Precision`]). On OpenCL devices
+//! ([`Device::opencl`]) computation is in f32.
 
 #![warn(missing_docs)]
 
@@ -219,6 +219,7 @@ mod linalg;
 pub mod metrics;
 pub mod models;
 pub mod nn;
+mod opencl;
 mod ops;
 pub mod optim;
 #[cfg(test)]
@@ -230,10 +231,11 @@ mod system;
 mod tensor;
 pub mod train;
 
-pub use device::{CpuDevice, Device, Memory, Precision};
+pub use device::{ClDevice, CpuDevice, Device, Memory, Precision};
 pub use dtype::{BF16, DType, Element, F16};
 pub use error::{Error, Result};
 pub use grad::{Gradients, Leaf, Op, Saves, apply};
+pub use opencl::runtime::{OpenClCounts, OpenClInfo};
 pub use ops::attention::AttentionOptions;
 pub use ops::dropout::DropoutKey;
 pub use ops::index::Ids;

@@ -226,6 +226,25 @@ impl Layout {
         Layout { offset, ..self }
     }
 
+    /// The same elements in the same order in as few dimensions as can be.
+    pub(crate) fn merged(&self) -> Layout {
+        let mut layout = Layout { shape: Shape::scalar(), strides: [0; MAX_RANK], offset: self.offset };
+        for (i, (size, stride)) in self.runs().into_iter().enumerate() {
+            (layout.shape.dims[i], layout.strides[i]) = (size, stride);
+            layout.shape.rank = i as u8 + 1;
+        }
+        layout
+    }
+
+    /// The layout of the first elements along all but the first `rank` dimensions.
+    pub(crate) fn leading(&self, rank: usize) -> Layout {
+        let mut layout = *self;
+        layout.shape.rank = rank.min(self.shape.rank()) as u8;
+        layout.shape.dims[rank..].fill(0);
+        layout.strides[rank..].fill(0);
+        layout
+    }
+
     /// One past the largest position that an element has.
     pub(crate) fn end(&self) -> usize {
         if self.shape.numel() == 0 {
@@ -356,6 +375,7 @@ mod tests {
             }
             target.push(rest);
             let target = Shape::new(&target).unwrap();
+            prop_assert_eq!(positions(&layout.merged()), positions(&layout));
             if let Some(view) = layout.reshape(&target) {
                 prop_assert_eq!(positions(&view), positions(&layout));
             } else {

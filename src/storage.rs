@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::device::{Buffer, Pooled};
 use crate::dtype::{BF16, DType, Element, F16};
+use crate::opencl::runtime::ClBuffer;
 
 /// A buffer of elements. Shared by all views of it.
 #[derive(Debug)]
@@ -15,6 +16,7 @@ pub(crate) enum Storage {
     BF16(Buffer<BF16>),
     F16(Buffer<F16>),
     Mapped(Mapped),
+    OpenCl(ClBuffer),
     /// A value that was not kept after forward: it has a shape and no data.
     Ghost,
 }
@@ -58,6 +60,18 @@ impl fmt::Debug for Mapped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Mapped({} × {})", self.len(), self.dtype)
     }
+}
+
+/// The bytes that the elements are made of, in the machine's order.
+pub(crate) fn bytes_of<T: Element>(elements: &[T]) -> &[u8] {
+    // SAFETY: elements (see `Mapped::elements`) have no padding, and any byte is a u8.
+    unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements)) }
+}
+
+/// [`bytes_of`] to be written to.
+pub(crate) fn bytes_of_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
+    // SAFETY: as above, and every pattern of bits is an element.
+    unsafe { std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), size_of_val(elements)) }
 }
 
 /// An element that storage knows how to hold.

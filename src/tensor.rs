@@ -8,8 +8,10 @@ use crate::cpu::elementwise::{self, View};
 use crate::device::{Buffer, Device};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::opencl::runtime::ClBuffer;
+use crate::opencl::{self, View as ClView};
 use crate::shape::{IntoShape, Layout, Shape};
-use crate::storage::{Mapped, Storage, Stored, dispatch_stored};
+use crate::storage::{Mapped, Storage, Stored, bytes_of_mut, dispatch_stored};
 
 /// An n-dimensional array of numbers. Cheap to clone, immutable once made, `Send` and `Sync`.
 ///
@@ -50,6 +52,9 @@ impl Tensor {
             let message = format!("{} elements do not fill {shape}, which has {}", data.len(), shape.numel());
             return Err(Error::shape("from_vec", message));
         }
+        if let Some(runtime) = device.runtime() {
+            return Ok(Tensor::from_cl(opencl::upload(runtime, &data)?, T::DTYPE, shape, device));
+        }
         let mut data: Box<dyn Any> = Box::new(data);
         let storage = dispatch_stored!(T::DTYPE, S => {
             let data = data.downcast_mut::<Vec<S>>().map(std::mem::take).unwrap_or_default();
@@ -71,6 +76,15 @@ impl Tensor {
     /// A tensor whose elements are all `value`.
     pub fn full(value: f64, shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Tensor> {
         let shape = shape.into_shape()?;
+        if let Some(runtime) = device.runtime() {
+            return match dtype {
+                DType::F32 => {
+                    let data = opencl::elementwise::full(runtime, value as f32, shape.numel())?;
+                    Ok(Tensor::from_cl(data, dtype, shape, device))
+                }
+                _ => Tensor::full(value, shape, dtype, &device.on_host())?.moved(device),
+            };
+        }
         dispatch_stored!(dtype, T => {
             let mut buffer = device.host().buffer::<T>(shape.numel())?;
             buffer.fill(T::from_f64(value));
@@ -148,6 +162,9 @@ impl Tensor {
                 format!("the tensor is {}, not {}: cast it with `to_dtype`", self.dtype(), T::DTYPE);
             return Err(Error::dtype("to_vec", message));
         }
+        if self.is_on_opencl() {
+            return self.on_host()?.to_vec();
+        }
         let copy: Box<dyn Any> = dispatch_stored!(self.dtype(), S => {
             let x = self.view::<S>()?;
             let mut out = crate::device::fresh::<S>(self.numel())?;
@@ -165,12 +182,16 @@ impl Tensor {
                 format!("{} holds {} elements, not one", self.shape(), self.numel()),
             ));
         }
+        if self.is_on_opencl() {
+            return self.on_host()?.item();
+        }
         dispatch_stored!(self.dtype(), T => Ok(self.host::<T>()?[self.0.layout.offset()].to_f64()))
     }
 
     /// A tensor over a filled buffer.
     pub(crate) fn from_buffer<T: Stored>(buffer: Buffer<T>, shape: Shape, device: &Device) -> Tensor {
         debug_assert_eq!(buffer.len(), shape.numel());
+        debug_assert!(device.runtime().is_none(), "what lies in host memory is on a host's device");
         Tensor::build(T::wrap(buffer), Layout::contiguous(shape), T::DTYPE, device)
     }
 
@@ -178,6 +199,67 @@ impl Tensor {
     pub(crate) fn from_mapped(mapped: Mapped, dtype: DType, shape: Shape, device: &Device) -> Tensor {
         debug_assert_eq!(mapped.len(), shape.numel());
         Tensor::build(Storage::Mapped(mapped), Layout::contiguous(shape), dtype, device)
+    }
+
+    /// A tensor over a filled buffer on an OpenCL device.
+    pub(crate) fn from_cl(buffer: ClBuffer, dtype: DType, shape: Shape, device: &Device) -> Tensor {
+        debug_assert!(buffer.size() >= shape.numel() * dtype.size());
+        Tensor::build(Storage::OpenCl(buffer), Layout::contiguous(shape), dtype, device)
+    }
+
+    /// Whether the tensor lies on an OpenCL device.
+    pub(crate) fn is_on_opencl(&self) -> bool {
+        self.0.device.runtime().is_some()
+    }
+
+    /// The buffer on the OpenCL device, and how the elements lie in it.
+    ///
+    /// # Errors
+    /// [`Error::NotSaved`] for a value that was dropped after forward, [`Error::Config`] for a tensor in host
+    /// memory.
+    pub(crate) fn cl(&self) -> Result<ClView<'_>> {
+        match &*self.0.storage {
+            Storage::OpenCl(data) => Ok(ClView { data, layout: &self.0.layout }),
+            Storage::Ghost => Err(Error::NotSaved { shape: *self.shape() }),
+            _ => Err(Error::config("device", format!("{self:?} is on the CPU: move it with `to_device`"))),
+        }
+    }
+
+    /// The same elements on another device, untracked. The tensor itself where it is there already.
+    pub(crate) fn moved(&self, device: &Device) -> Result<Tensor> {
+        if self.0.device.is(device) {
+            return Ok(self.detach());
+        }
+        if matches!(*self.0.storage, Storage::Ghost) {
+            return Ok(Tensor::build(Storage::Ghost, self.0.layout, self.dtype(), device));
+        }
+        match device.runtime() {
+            None => self.on_host(),
+            Some(_) if self.is_on_opencl() => self.on_host()?.moved(device),
+            Some(runtime) => {
+                let data = dispatch_stored!(self.dtype(), T => match self.elements::<T>() {
+                    Ok(elements) => opencl::upload(runtime, elements),
+                    Err(_) => opencl::upload(runtime, &self.to_vec::<T>()?),
+                })?;
+                Ok(Tensor::from_cl(data, self.dtype(), *self.shape(), device))
+            }
+        }
+    }
+
+    /// The same elements in host memory, untracked. Waits for the OpenCL device that they are on.
+    pub(crate) fn on_host(&self) -> Result<Tensor> {
+        let Some(runtime) = self.0.device.runtime() else { return Ok(self.detach()) };
+        let view = self.cl()?;
+        let (host, ordered) = (self.0.device.on_host(), self.0.layout.contiguous_range());
+        dispatch_stored!(self.dtype(), T => {
+            let mut data = host.host().buffer::<T>(self.numel())?;
+            let bytes = bytes_of_mut(&mut data);
+            match ordered {
+                Some(range) => runtime.download(view.data, range.start * size_of::<T>(), bytes)?,
+                None => runtime.download(&opencl::elementwise::contiguous(view, self.dtype())?, 0, bytes)?,
+            }
+            Ok(Tensor::from_buffer(data, *self.shape(), &host))
+        })
     }
 
     fn build(storage: Storage, layout: Layout, dtype: DType, device: &Device) -> Tensor {
@@ -195,6 +277,10 @@ impl Tensor {
             Some(data) => Ok(data),
             None if matches!(*self.0.storage, Storage::Ghost) => {
                 Err(Error::NotSaved { shape: *self.shape() })
+            }
+            None if self.is_on_opencl() => {
+                let message = format!("this reads host memory, and the tensor is on {}", self.device());
+                Err(Error::config("device", format!("{message}: move it with `to_device`")))
             }
             None => Err(Error::dtype("read", format!("the tensor is {}, not {}", self.dtype(), T::DTYPE))),
         }
@@ -218,6 +304,7 @@ impl Tensor {
     pub(crate) fn with_layout(&self, layout: Layout) -> Tensor {
         debug_assert!(match &*self.0.storage {
             Storage::Ghost => true,
+            Storage::OpenCl(b) => layout.end() * self.dtype().size() <= b.size(),
             Storage::F32(b) => layout.end() <= b.len(),
             Storage::F64(b) => layout.end() <= b.len(),
             Storage::BF16(b) => layout.end() <= b.len(),
@@ -259,6 +346,12 @@ impl Tensor {
         let inner = Arc::get_mut(&mut self.0)?;
         let range = inner.layout.contiguous_range()?;
         T::slice_mut(Arc::get_mut(&mut inner.storage)?)?.get_mut(range)
+    }
+
+    /// Whether nobody else can see the buffer and the elements lie one after another: it may be written to.
+    pub(crate) fn is_unique(&mut self) -> bool {
+        self.is_contiguous()
+            && Arc::get_mut(&mut self.0).is_some_and(|x| Arc::get_mut(&mut x.storage).is_some())
     }
 }
 

@@ -32,6 +32,13 @@ fn the_default_build_has_at_most_48_packages() {
 }
 
 #[test]
+fn opencl_adds_at_most_12_packages() {
+    let (with, without) = (packages(&["--features", "opencl"]), packages(&[]));
+    let added: Vec<_> = with.difference(&without).collect();
+    assert!(added.len() <= 12, "{}: {added:?}", added.len());
+}
+
+#[test]
 fn the_lean_build_has_at_most_24_packages() {
     let found = packages(&["--no-default-features"]);
     assert!(found.len() <= 24, "{}: {found:?}", found.len());

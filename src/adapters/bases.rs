@@ -128,6 +128,7 @@ impl BasesSpec {
     /// memory.
     pub fn generate(&self, device: &Device) -> Result<Bases> {
         let BasesSpec { rank, small, large, .. } = *self;
+        let device = &device.on_host();
         if rank == 0 {
             return Err(Error::config("rank", "a basis has at least rank 1"));
         }

@@ -71,6 +71,7 @@ impl TorchBases {
     /// is 0 or undefined; [`Error::Shape`] for sizes beyond memory.
     pub fn generate(&self, device: &Device) -> Result<Bases> {
         let TorchBases { rank, small, large, .. } = *self;
+        let device = &device.on_host();
         if rank == 0 {
             return Err(Error::config("rank", "a basis has at least rank 1"));
         }

@@ -214,7 +214,7 @@ impl SafeTensors {
         if let Source::Memory(bytes) = &self.source {
             let range = entry.range.start as usize..entry.range.end as usize;
             if let Some(mapped) = Mapped::new(bytes.clone(), range, dtype) {
-                return Ok(Tensor::from_mapped(mapped, dtype, shape, device));
+                return Tensor::from_mapped(mapped, dtype, shape, &device.on_host()).moved(device);
             }
         }
         dispatch_stored!(dtype, T => {
@@ -225,7 +225,7 @@ impl SafeTensors {
                 now.iter_mut().zip(bytes.chunks_exact(size_of::<T>())).for_each(|(x, b)| *x = T::from_little(b));
                 rest = later;
             })?;
-            Ok(Tensor::from_buffer(elements, shape, device))
+            Tensor::from_buffer(elements, shape, &device.on_host()).moved(device)
         })
     }
 
@@ -397,7 +397,8 @@ pub fn save_safetensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(
     order.sort_by(|(a, x), (b, y)| (y.dtype().size(), a).cmp(&(x.dtype().size(), b)));
     let header =
         header(&order, metadata).map_err(|message| Error::data(path.display().to_string(), message))?;
-    let contiguous = order.iter().map(|(_, x)| compute::contiguous(x)).collect::<Result<Vec<_>>>()?;
+    let contiguous =
+        order.iter().map(|(_, x)| compute::contiguous(&x.on_host()?)).collect::<Result<Vec<_>>>()?;
     write_whole(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(header.as_bytes())?;

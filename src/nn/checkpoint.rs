@@ -152,6 +152,11 @@ where
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::inputs(&std::array::from_fn::<_, N, _>(|i| i))
     }
+
+    /// What the module is made of decides for itself.
+    fn runs_on_opencl(&self, _: &[&Tensor]) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -97,7 +97,7 @@ impl Init {
             random::words(seed, stream, (i * GRAIN) as u64, &mut words);
             values.iter_mut().zip(words).for_each(|(x, word)| *x = value(word) as f32);
         });
-        Ok(Tensor::from_buffer(values, shape, &self.device))
+        Tensor::from_buffer(values, shape, &self.device.on_host()).moved(&self.device)
     }
 
     fn blank_tensor(&self, shape: impl IntoShape) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::Gradients;
@@ -103,6 +104,17 @@ pub trait Module {
     fn cast(&mut self, dtype: DType) -> Result<()> {
         self.try_visit_mut(&mut |_, item| match item {
             ItemMut::Parameter(parameter) => parameter.cast(dtype),
+            ItemMut::Linear(_) => Ok(()),
+        })
+    }
+
+    /// Moves all values to another device.
+    ///
+    /// # Errors
+    /// Those of [`Tensor::to_device`].
+    fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.try_visit_mut(&mut |_, item| match item {
+            ItemMut::Parameter(parameter) => parameter.to_device(device),
             ItemMut::Linear(_) => Ok(()),
         })
     }

@@ -1,6 +1,7 @@
 //! What a model learns.
 
 use crate::compute;
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::Leaf;
@@ -94,6 +95,15 @@ impl Parameter {
         Ok(())
     }
 
+    /// Moves the value to another device.
+    ///
+    /// # Errors
+    /// Those of [`Tensor::to_device`].
+    pub fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.value = self.value.to_device(device)?;
+        Ok(())
+    }
+
     /// The value rounded to another type.
     ///
     /// # Errors
@@ -105,6 +115,11 @@ impl Parameter {
         }
         self.value = compute::cast(&self.value, dtype)?;
         Ok(())
+    }
+
+    /// The value on its OpenCL device, to be written to by kernels: nobody else holds its buffer then.
+    pub(crate) fn cl_own(&mut self) -> Result<&Tensor> {
+        compute::cl_own(&mut self.value)
     }
 
     /// The elements to write to: in place where nobody else holds them, else in a copy.

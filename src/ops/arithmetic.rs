@@ -37,6 +37,9 @@ impl Op for Arithmetic {
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         let name = self.name();
         let dtype = compute::same_dtype(name, x[0], x[1])?;
+        if x[0].is_on_opencl() {
+            return Ok((compute::cl_zip(name, name, x[0], x[1])?, vec![]));
+        }
         let y = dispatch!(name, dtype, T => match self {
             Add => compute::zip::<T>(name, x[0], x[1], |a, b| a + b),
             Sub => compute::zip::<T>(name, x[0], x[1], |a, b| a - b),
@@ -75,6 +78,10 @@ impl Op for Arithmetic {
             Mul => Saves::inputs(&[1]).when(need[0]).and(Saves::inputs(&[0]).when(need[1])),
             Div => Saves::inputs(&[1]).and(Saves::inputs(&[0]).when(need[1])),
         }
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
     }
 }
 

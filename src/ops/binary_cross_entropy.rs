@@ -25,6 +25,11 @@ impl Op for BinaryCrossEntropy {
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         let n = count_pairs("binary_cross_entropy", x[0], x[1])?;
+        if x[0].is_on_opencl() {
+            let rest = x[0].abs()?.neg()?.exp()?.add_scalar(1.0)?.ln()?;
+            let losses = x[0].relu()?.sub(&x[0].mul(x[1])?)?.add(&rest)?;
+            return Ok((losses.sum_all()?.scale(1.0 / n as f64)?, vec![]));
+        }
         let (a, b) = (compute::contiguous(x[0])?, compute::contiguous(x[1])?);
         dispatch!("binary_cross_entropy", a.dtype(), T => {
             let sum = fold_zip_parallel(a.elements::<T>()?, b.elements()?, Sum, loss);
@@ -40,6 +45,12 @@ impl Op for BinaryCrossEntropy {
         dy: &Tensor,
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
+        if dy.is_on_opencl() {
+            let scale = dy.scale(1.0 / x[0].numel() as f64)?;
+            let dx = || x[0].sigmoid()?.sub(x[1])?.mul(&scale);
+            let dt = || x[0].mul(&scale)?.neg();
+            return Ok(vec![need[0].then(dx).transpose()?, need[1].then(dt).transpose()?]);
+        }
         let scale = dy.item()? / x[0].numel() as f64;
         dispatch!("binary_cross_entropy", dy.dtype(), T => {
             let scale = T::from_f64(scale);
@@ -53,6 +64,10 @@ impl Op for BinaryCrossEntropy {
 
     fn saves(&self, need: &[bool]) -> Saves {
         if need[0] { Saves::inputs(&[0, 1]) } else { Saves::inputs(&[0]) }
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
     }
 }
 

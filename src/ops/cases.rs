@@ -121,9 +121,8 @@ impl Case {
 
 /// The values under the dims, laid out in memory in one of several ways: in order, with the
 /// dimensions in another order, or as a part of something larger.
-fn lay_out(values: &[f64], dims: &[usize], dtype: DType, way: u64) -> Result<Tensor> {
-    let device = Device::cpu();
-    let plain = Tensor::from_slice(values, dims, &device)?.to_dtype(dtype)?;
+fn lay_out(values: &[f64], dims: &[usize], dtype: DType, way: u64, device: &Device) -> Result<Tensor> {
+    let plain = Tensor::from_slice(values, dims, &Device::cpu())?.to_dtype(dtype)?.to_device(device)?;
     let rank = dims.len();
     match way % 3 {
         1 if rank > 1 => {
@@ -189,7 +188,8 @@ fn check(case: &Case, sizes: &[usize], seed: u64) -> std::result::Result<(), Tes
         .collect();
     let make = |dtype| -> Result<Vec<Tensor>> {
         let ways = (0..).map(|i| random::mix(seed, 200 + i));
-        dims.iter().zip(&values).zip(ways).map(|((d, v), way)| lay_out(v, d, dtype, way)).collect()
+        let cpu = Device::cpu();
+        dims.iter().zip(&values).zip(ways).map(|((d, v), way)| lay_out(v, d, dtype, way, &cpu)).collect()
     };
     let run = |x: &[Tensor]| (case.run)(&x.iter().collect::<Vec<_>>());
     let what = format!("{} on {dims:?}", case.name);
@@ -223,7 +223,8 @@ fn check(case: &Case, sizes: &[usize], seed: u64) -> std::result::Result<(), Tes
                 x.iter().zip(&tracked).map(|(x, &t)| if t { x.track() } else { x.clone() }).collect();
             let y = run(&x)?;
             let dy = case.values(y.numel(), seed ^ 1);
-            let g = y.backward_from(&lay_out(&dy, y.dims(), y.dtype(), random::mix(seed, 400))?)?;
+            let g =
+                y.backward_from(&lay_out(&dy, y.dims(), y.dtype(), random::mix(seed, 400), y.device())?)?;
             Ok(x.iter().map(|x| g.of(x).ok().cloned()).collect())
         };
         prop_assert!(
@@ -267,4 +268,64 @@ fn names_are_unique() {
     let n = names.len();
     names.dedup();
     assert_eq!(names.len(), n);
+}
+
+/// Value and gradients in f32 on another device next to those on the CPU.
+#[cfg(feature = "opencl")]
+fn check_on(case: &Case, sizes: &[usize], seed: u64, gpu: &Device) -> std::result::Result<(), TestCaseError> {
+    let dims = case.dims(sizes, seed);
+    let frozen = |i: usize| case.frozen == Some(i) || random::mix(seed, 300 + i as u64).is_multiple_of(5);
+    let on = |device: &Device| -> Result<(Tensor, Vec<Option<Tensor>>)> {
+        let input = |i: usize| {
+            let values = case.values(dims[i].iter().product(), random::mix(seed, 100 + i as u64));
+            let x = lay_out(&values, &dims[i], DType::F32, random::mix(seed, 200 + i as u64), device)?;
+            Ok(if frozen(i) { x } else { x.track() })
+        };
+        let x = (0..dims.len()).map(input).collect::<Result<Vec<_>>>()?;
+        let y = (case.run)(&x.iter().collect::<Vec<_>>())?;
+        if !y.is_tracked() {
+            return Ok((y, vec![]));
+        }
+        let dy = case.values(y.numel(), seed ^ 1);
+        let dy = lay_out(&dy, y.dims(), y.dtype(), random::mix(seed, 400), device)?;
+        let gradients = y.backward_from(&dy)?;
+        Ok((y, x.iter().map(|x| gradients.of(x).ok().cloned()).collect()))
+    };
+    let what = format!("{} on {dims:?}", case.name);
+    let (want, want_gradients) = on(&Device::cpu()).map_err(fail)?;
+    let (y, gradients) = on(gpu).map_err(|e| TestCaseError::fail(format!("{what}: {e}")))?;
+    prop_assert!(y.device().is(gpu), "{what}: the result is on {}", y.device());
+    prop_assert_eq!(y.dims(), want.dims(), "{}", what);
+    let values = |x: &Tensor| x.to_device(&Device::cpu())?.to_dtype(DType::F64)?.to_vec::<f64>();
+    close(&what, &y.to_device(&Device::cpu()).map_err(fail)?, &values(&want).map_err(fail)?, case.tolerance)?;
+    prop_assert_eq!(gradients.len(), want_gradients.len());
+    for (i, (g, want)) in gradients.iter().zip(&want_gradients).enumerate() {
+        let (Some(g), Some(want)) = (g, want) else {
+            prop_assert!(g.is_none() && want.is_none(), "{what}: gradient {i} on one device only");
+            continue;
+        };
+        let (g, want) = (g.to_device(&Device::cpu()).map_err(fail)?, values(want).map_err(fail)?);
+        close(&format!("{what}, gradient {i}"), &g, &want, case.tolerance)?;
+    }
+    Ok(())
+}
+
+/// Operations that have no kernel and go through the host.
+#[cfg(feature = "opencl")]
+const WITHOUT_KERNEL: &[&str] = &["fastfood", "random sum", "to_dtype"];
+
+#[test]
+#[cfg(feature = "opencl")]
+fn every_case_on_opencl_is_what_it_is_on_the_cpu() {
+    let Some(gpu) = crate::opencl::tests::device() else { return };
+    let strategy = (prop::collection::vec(size(), 6), any::<u64>());
+    for case in super::cases() {
+        let config = ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() };
+        let mut runner = proptest::test_runner::TestRunner::new(config);
+        if let Err(e) = runner.run(&strategy, |(sizes, seed)| check_on(&case, &sizes, seed >> 8, &gpu)) {
+            panic!("{}: {e}", case.name);
+        }
+    }
+    let taken: Vec<_> = gpu.round_trips().into_keys().collect();
+    assert!(taken.iter().all(|op| WITHOUT_KERNEL.contains(op)), "without a kernel: {taken:?}");
 }

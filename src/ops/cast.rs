@@ -33,6 +33,11 @@ impl Op for Cast {
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
     }
+
+    /// Widening to f32 has a kernel; for the rest [`compute::cast`] itself goes through the host.
+    fn runs_on_opencl(&self, _: &[&Tensor]) -> bool {
+        true
+    }
 }
 
 impl Tensor {

@@ -4,6 +4,7 @@ use crate::compute;
 use crate::cpu::dispatch;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::tensor::Tensor;
 
 /// y is x₀, x₁, … along dimension `dim`; dxᵢ is the part of dy where xᵢ is.
@@ -32,6 +33,11 @@ impl Op for Concat {
             total += part.dims()[dim];
         }
         let shape = x[0].shape().with_dim(dim, total)?;
+        if x[0].is_on_opencl() {
+            let parts = x.iter().map(|x| x.cl()).collect::<Result<Vec<_>>>()?;
+            let y = opencl::elementwise::concat(&parts, x[0].dtype(), dim, &shape)?;
+            return Ok((Tensor::from_cl(y, x[0].dtype(), shape, x[0].device()), vec![]));
+        }
         // Seen as (outer, dim, inner), each part is a run in every outer row.
         let inner: usize = shape[dim + 1..].iter().product();
         let row = total * inner;
@@ -71,6 +77,10 @@ impl Op for Concat {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
+    }
+
+    fn runs_on_opencl(&self, _: &[&Tensor]) -> bool {
+        true
     }
 }
 

@@ -6,6 +6,7 @@ use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, dispatch};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::random;
 use crate::tensor::Tensor;
 
@@ -30,6 +31,28 @@ impl DropoutKey {
     }
 }
 
+/// Words from this on keep their element: p·2³² is exact, and a word is at least that if it is at least the
+/// ceiling, which may be 2³².
+fn threshold(p: f64) -> u64 {
+    (p * 4_294_967_296.0).ceil() as u64
+}
+
+/// The mask for rate p as OpenCL devices make it.
+pub(crate) fn cl_mask(key: DropoutKey, p: f64) -> opencl::dropout::Mask {
+    opencl::dropout::Mask {
+        seed: key.mixed(),
+        stream: STREAM,
+        threshold: threshold(p),
+        scale: 1.0 / (1.0 - p),
+    }
+}
+
+/// x, whose elements lie one after another on an OpenCL device, times the mask that belongs to them.
+pub(crate) fn cl_masked(x: &Tensor, key: DropoutKey, p: f64) -> Result<Tensor> {
+    let y = opencl::dropout::masked(x.cl()?, cl_mask(key, p))?;
+    Ok(Tensor::from_cl(y, x.dtype(), *x.shape(), x.device()))
+}
+
 /// An error unless 0 ≤ p < 1.
 pub(crate) fn check_rate(p: f64) -> Result<()> {
     if (0.0..1.0).contains(&p) {
@@ -46,8 +69,7 @@ pub(crate) fn mask_range<T: Float>(key: DropoutKey, p: f64, from: u64, out: &mut
     const WORDS: usize = 1024;
     let mut words = [0; WORDS];
     let seed = key.mixed();
-    // p·2³² is exact, and a word is at least that if it is at least the ceiling, which may be 2³².
-    let threshold = (p * 4_294_967_296.0).ceil() as u64;
+    let threshold = threshold(p);
     let scale = T::from_f64(1.0 / (1.0 - p));
     for (i, out) in out.chunks_mut(WORDS).enumerate() {
         let words = &mut words[..out.len()];
@@ -118,6 +140,9 @@ struct Dropout {
 impl Dropout {
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
         let x = compute::contiguous(x)?;
+        if x.is_on_opencl() {
+            return cl_masked(&x, self.key, self.p);
+        }
         dispatch!("dropout", x.dtype(), T => {
             let (from, mut y) = (x.elements::<T>()?, x.device().host().buffer::<T>(x.numel())?);
             parallel::chunks(&mut y, GRAIN, &|i, y| {
@@ -151,6 +176,10 @@ impl Op for Dropout {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
     }
 }
 

@@ -8,6 +8,7 @@ use crate::cpu::{Float, dispatch, parallel};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::ops::linear::check_trainable;
 use crate::shape::{IntoShape, Shape};
 use crate::storage::{Stored, dispatch_stored};
@@ -75,6 +76,10 @@ impl Op for Embedding {
         };
         self.ids.check(rows, "embedding")?;
         let shape = Shape::new(&[self.ids.shape.dims(), &[width]].concat())?;
+        if x[0].is_on_opencl() {
+            let y = opencl::index::look_up(x[0].cl()?, x[0].dtype(), &self.ids.ids)?;
+            return Ok((Tensor::from_cl(y, DType::F32, shape, x[0].device()), vec![]));
+        }
         let y = match x[0].dtype() {
             DType::F64 => look_up::<f64, f64>(x[0], &self.ids, shape)?,
             narrow => dispatch_stored!(narrow, S => look_up::<S, f32>(x[0], &self.ids, shape)?),
@@ -91,12 +96,22 @@ impl Op for Embedding {
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let dy = compute::contiguous(dy)?;
+        if dy.is_on_opencl() {
+            let shape = x[0].shape();
+            let Uses { starts, places } = Uses::of(&self.ids.ids, shape[0]);
+            let table = opencl::index::add_rows(dy.cl()?, &starts, &places, (shape[0], shape[1]))?;
+            return Ok(vec![Some(Tensor::from_cl(table, dy.dtype(), *shape, dy.device()))]);
+        }
         let table = dispatch!("embedding", dy.dtype(), T => add_rows::<T>(&dy, &self.ids, *x[0].shape()))?;
         Ok(vec![Some(table)])
     }
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        x[0].dtype() != DType::F64
     }
 }
 
@@ -235,6 +250,10 @@ impl Op for Gather {
         let (d, j, k) = self.sizes(shape);
         self.ids.check(d, "gather")?;
         let x = compute::contiguous(x[0])?;
+        if x.is_on_opencl() {
+            let y = opencl::index::gather(x.cl()?, &self.ids.ids, (d, j, k))?;
+            return Ok((Tensor::from_cl(y, x.dtype(), *ids, x.device()), vec![]));
+        }
         let y = dispatch!("gather", x.dtype(), T => {
             let data = x.elements::<T>()?;
             let mut y = x.device().host().buffer::<T>(ids.numel())?;
@@ -261,6 +280,10 @@ impl Op for Gather {
     ) -> Result<Vec<Option<Tensor>>> {
         let (d, j, k) = self.sizes(x[0].shape());
         let dy = compute::contiguous(dy)?;
+        if dy.is_on_opencl() {
+            let dx = opencl::index::gather_vjp(dy.cl()?, &self.ids.ids, (d, j, k), x[0].numel())?;
+            return Ok(vec![Some(Tensor::from_cl(dx, dy.dtype(), *x[0].shape(), dy.device()))]);
+        }
         let dx = dispatch!("gather", dy.dtype(), T => {
             let data = dy.elements::<T>()?;
             let mut dx = dy.device().host().buffer::<T>(x[0].numel())?;
@@ -280,6 +303,10 @@ impl Op for Gather {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
     }
 }
 

@@ -7,8 +7,9 @@ use crate::cpu::{Float, dispatch, parallel};
 use crate::dtype::{BF16, DType, F16};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::ops::matmul::matrix;
-use crate::shape::Layout;
+use crate::shape::{Layout, Shape};
 use crate::storage::Stored;
 use crate::tensor::Tensor;
 
@@ -31,6 +32,9 @@ impl Op for Linear {
         let outputs = check(x, w, bias.copied())?;
         let shape = x.shape().with_dim(x.rank() - 1, outputs)?;
         let rows = compute::rows(x)?;
+        if x.is_on_opencl() {
+            return Ok((compute::reshape(&cl_affine(&rows, w, bias.copied())?, shape)?, vec![]));
+        }
         let y = dispatch!("linear", x.dtype(), T => {
             let mut y = x.device().host().buffer::<T>(shape.numel())?;
             let x = matrix(rows.host::<T>()?, rows.layout(), rows.layout().offset());
@@ -55,6 +59,13 @@ impl Op for Linear {
     ) -> Result<Vec<Option<Tensor>>> {
         let (x, w) = (x[0], x[1]);
         let dy_rows = compute::rows(dy)?;
+        if dy.is_on_opencl() {
+            let dx = || compute::reshape(&cl_product(&dy_rows, w)?, *x.shape());
+            let dw = || cl_product(&compute::transpose(&dy_rows)?, &compute::rows(x)?);
+            let mut gradients = vec![need[0].then(dx).transpose()?, need[1].then(dw).transpose()?];
+            gradients.extend((need.get(2) == Some(&true)).then(|| Some(dy.clone())));
+            return Ok(gradients);
+        }
         let dx = || {
             dispatch!("linear", dy.dtype(), T => {
                 let mut dx = dy.device().host().buffer::<T>(x.numel())?;
@@ -75,6 +86,36 @@ impl Op for Linear {
     fn saves(&self, need: &[bool]) -> Saves {
         Saves::inputs(&[1]).when(need[0]).and(Saves::inputs(&[0]).when(need[1]))
     }
+
+    /// The weight may be narrow: it is widened as it is read.
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        x[1].dtype() != DType::F64 && x.iter().enumerate().all(|(i, x)| i == 1 || x.dtype() == DType::F32)
+    }
+}
+
+/// x·Wᵀ + b for rows on an OpenCL device and a weight of any stored type but f64.
+pub(crate) fn cl_affine(rows: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let transposed = compute::transpose(w)?;
+    let Some(bias) = bias else { return cl_product(rows, &transposed) };
+    let y = cl_rows_of(bias, rows.dims()[0])?;
+    opencl::gemm::gemm(1.0, rows.cl()?, (transposed.cl()?, w.dtype()), 1.0, (y.cl()?.data, y.layout()))?;
+    Ok(y)
+}
+
+/// So many rows, all equal to `row`, in a buffer of their own on an OpenCL device.
+pub(crate) fn cl_rows_of(row: &Tensor, count: usize) -> Result<Tensor> {
+    let shape = Shape::new(&[count, row.numel()])?;
+    let spread = row.with_layout(row.layout().broadcast_to(&shape, "linear")?);
+    let y = opencl::elementwise::contiguous(spread.cl()?, DType::F32)?;
+    Ok(Tensor::from_cl(y, DType::F32, shape, row.device()))
+}
+
+/// a·b for matrices on an OpenCL device, b of any stored type but f64.
+pub(crate) fn cl_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let shape = Shape::new(&[a.dims()[0], b.dims()[1]])?;
+    let y = opencl::floats(a.cl()?.data.runtime(), shape.numel())?;
+    opencl::gemm::gemm(1.0, a.cl()?, (b.cl()?, b.dtype()), 0.0, (&y, &Layout::contiguous(shape)))?;
+    Ok(Tensor::from_cl(y, DType::F32, shape, a.device()))
 }
 
 /// dyᵀ·x.
@@ -261,7 +302,10 @@ pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
         })
     };
     let with_stored = |name, dtype| {
-        let run = move |x: &[&Tensor]| x[0].linear(&stored(5, x[0].dims()[1], dtype), Some(x[1]));
+        let run = move |x: &[&Tensor]| {
+            let weight = stored(5, x[0].dims()[1], dtype).to_device(x[0].device())?;
+            x[0].linear(&weight, Some(x[1]))
+        };
         Case::new(name, &["t n", "5"], run, move |x| {
             let w = stored(5, x[0].dims[1], dtype);
             let data = w.to_dtype(DType::F64).and_then(|w| w.to_vec()).expect("f64");

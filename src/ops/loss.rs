@@ -6,6 +6,7 @@ use crate::cpu::{Float, dispatch, rows};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 
@@ -22,6 +23,10 @@ impl Op for Mse {
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         let n = count_pairs("mse_loss", x[0], x[1])?;
+        if x[0].is_on_opencl() {
+            let difference = x[0].sub(x[1])?;
+            return Ok((difference.mul(&difference)?.sum_all()?.scale(1.0 / n as f64)?, vec![]));
+        }
         let (a, b) = (compute::contiguous(x[0])?, compute::contiguous(x[1])?);
         dispatch!("mse_loss", a.dtype(), T => {
             let sum = fold_zip_parallel(a.elements::<T>()?, b.elements()?, Sum, |x, t| (x - t) * (x - t));
@@ -38,6 +43,10 @@ impl Op for Mse {
         dy: &Tensor,
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
+        if dy.is_on_opencl() {
+            let dx = |factor: f64| x[0].sub(x[1])?.mul(&dy.scale(factor / x[0].numel() as f64)?);
+            return Ok(vec![need[0].then(|| dx(2.0)).transpose()?, need[1].then(|| dx(-2.0)).transpose()?]);
+        }
         let scale = 2.0 * dy.item()? / x[0].numel() as f64;
         let dx = |scale: f64| {
             dispatch!("mse_loss", dy.dtype(), T => {
@@ -50,6 +59,10 @@ impl Op for Mse {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::inputs(&[0, 1])
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
     }
 }
 
@@ -96,6 +109,11 @@ impl Op for CrossEntropy {
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         let classes = self.check(x[0])?;
         let (x, rows) = (compute::contiguous(x[0])?, self.targets.len());
+        if x.is_on_opencl() {
+            let (y, sums) = self.on_opencl(&x, classes, &self.marked_targets())?.forward()?;
+            let tensor = |data, shape| Tensor::from_cl(data, x.dtype(), shape, x.device());
+            return Ok((tensor(y, Shape::scalar()), vec![tensor(sums, Shape::new(&[rows, 3])?)]));
+        }
         dispatch!("cross_entropy", x.dtype(), T => {
             let logits = x.elements::<T>()?;
             let mut sums = x.device().host().buffer::<T>(3 * rows)?;
@@ -123,6 +141,10 @@ impl Op for CrossEntropy {
     ) -> Result<Vec<Option<Tensor>>> {
         let x = compute::contiguous(x[0])?;
         let classes = x.dims().last().copied().unwrap_or(0);
+        if x.is_on_opencl() {
+            let dx = self.on_opencl(&x, classes, &self.marked_targets())?.vjp(aux[0].cl()?, dy.cl()?)?;
+            return Ok(vec![Some(Tensor::from_cl(dx, x.dtype(), *x.shape(), x.device()))]);
+        }
         let scale = dy.item()? / self.count();
         let (hit, spread) = (1.0 - self.smoothing, self.smoothing / classes as f64);
         let dx = dispatch!("cross_entropy", x.dtype(), T => {
@@ -141,9 +163,29 @@ impl Op for CrossEntropy {
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::inputs(&[0]).and(Saves::AUX)
     }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
+    }
 }
 
 impl CrossEntropy {
+    /// The same for kernels on an OpenCL device; logits in order, targets marked.
+    fn on_opencl<'a>(
+        &self,
+        x: &'a Tensor,
+        classes: usize,
+        targets: &'a [u32],
+    ) -> Result<opencl::loss::CrossEntropy<'a>> {
+        let (smoothing, count) = (self.smoothing, self.count());
+        Ok(opencl::loss::CrossEntropy { x: x.cl()?, classes, targets, smoothing, count })
+    }
+
+    /// The targets, the largest number there is for rows that do not count.
+    fn marked_targets(&self) -> Vec<u32> {
+        (0..self.targets.len()).map(|i| self.target(i).map_or(u32::MAX, |target| target as u32)).collect()
+    }
+
     /// The number of classes, where all fits.
     fn check(&self, x: &Tensor) -> Result<usize> {
         if !(0.0..=1.0).contains(&self.smoothing) {

@@ -5,6 +5,7 @@ use crate::cpu::gemm::{Mat, MatMut, Threads, gemm};
 use crate::cpu::{Float, dispatch, parallel};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl::{self, View};
 use crate::shape::{Layout, Shape};
 use crate::tensor::Tensor;
 
@@ -47,6 +48,10 @@ impl Op for Matmul {
     fn saves(&self, need: &[bool]) -> Saves {
         Saves::inputs(&[1]).when(need[0]).and(Saves::inputs(&[0]).when(need[1]))
     }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
+    }
 }
 
 /// a·b, untracked.
@@ -82,6 +87,13 @@ fn batched<T: Float>(a: &Tensor, b: &Tensor, batch: Shape, m: usize, n: usize) -
     let a_layout = a.layout().broadcast_to(&shape(m, k)?, "matmul")?;
     let b_layout = b.layout().broadcast_to(&shape(k, n)?, "matmul")?;
     let shape = shape(m, n)?;
+    if a.is_on_opencl() {
+        let out = opencl::floats(a.cl()?.data.runtime(), shape.numel())?;
+        let (a_view, b_view) = (View { layout: &a_layout, ..a.cl()? }, View { layout: &b_layout, ..b.cl()? });
+        let to = Layout::contiguous(shape);
+        opencl::gemm::gemm(1.0, a_view, (b_view, b.dtype()), 0.0, (&out, &to))?;
+        return Ok(Tensor::from_cl(out, a.dtype(), shape, a.device()));
+    }
     let mut out = a.device().host().buffer::<T>(shape.numel())?;
     if shape.numel() == 0 {
         return Ok(Tensor::from_buffer(out, shape, a.device()));

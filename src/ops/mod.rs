@@ -23,6 +23,7 @@ pub(crate) mod randlora;
 pub(crate) mod random_sum;
 pub(crate) mod reduce;
 pub(crate) mod softmax;
+pub(crate) mod transfer;
 pub(crate) mod view;
 
 /// The cases of all operations.

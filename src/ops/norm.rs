@@ -6,6 +6,7 @@ use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, dispatch, parallel, rows};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 
@@ -32,6 +33,12 @@ impl Op for Norm {
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         self.check(x)?;
+        if x[0].is_on_opencl() {
+            let rows = compute::contiguous(x[0])?;
+            let b = x.get(2).map(|b| b.cl()).transpose()?;
+            let y = self.rows(&rows)?.forward(weight(x)?.cl()?, b)?;
+            return Ok((Tensor::from_cl(y, rows.dtype(), *rows.shape(), rows.device()), vec![]));
+        }
         let y = dispatch!(self.name(), x[0].dtype(), T => self.y::<T>(x))?;
         Ok((y, vec![]))
     }
@@ -46,6 +53,17 @@ impl Op for Norm {
     ) -> Result<Vec<Option<Tensor>>> {
         let needs = |i: usize| need.get(i).copied().unwrap_or(false);
         let dy = compute::contiguous(dy)?;
+        if dy.is_on_opencl() {
+            let result = |data| Tensor::from_cl(data, dy.dtype(), *dy.shape(), dy.device());
+            let dx = || self.rows(&compute::contiguous(x[0])?)?.dx(weight(x)?.cl()?, dy.cl()?);
+            // The engine sums both of these over the rows.
+            let dw = || self.rows(&compute::contiguous(x[0])?)?.dw(dy.cl()?);
+            return Ok(vec![
+                needs(0).then(dx).transpose()?.map(result),
+                needs(1).then(dw).transpose()?.map(result),
+                needs(2).then(|| dy.clone()),
+            ]);
+        }
         dispatch!(self.name(), dy.dtype(), T => Ok(vec![
             needs(0).then(|| self.dx::<T>(x, &dy)).transpose()?,
             needs(1).then(|| self.dw::<T>(x[0], &dy)).transpose()?,
@@ -58,9 +76,18 @@ impl Op for Norm {
         let weight = need.get(1).copied().unwrap_or(false);
         Saves::inputs(&[0]).when(need[0] || weight).and(Saves::inputs(&[1]).when(need[0]))
     }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
+    }
 }
 
 impl Norm {
+    /// The rows on an OpenCL device.
+    fn rows<'a>(&self, x: &'a Tensor) -> Result<opencl::norm::Rows<'a>> {
+        Ok(opencl::norm::Rows { x: x.cl()?, centred: self.centred, eps: self.eps })
+    }
+
     fn check(&self, x: &[&Tensor]) -> Result<()> {
         if self.eps.is_nan() || self.eps < 0.0 {
             return Err(Error::config(

@@ -5,6 +5,7 @@ use crate::cpu::{Float, dispatch, reduce};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 
@@ -80,6 +81,9 @@ impl Op for Reduce {
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         let x = x[0];
         self.check(x.shape())?;
+        if x.is_on_opencl() {
+            return Ok((compute::reshape(&self.on_opencl(x)?, self.reduced(x.shape())?)?, vec![]));
+        }
         let y = dispatch!(self.name(), x.dtype(), T => match self.by {
             By::Sum => compute::fold::<T>(x, &self.dims, reduce::Sum),
             By::Mean => {
@@ -103,6 +107,8 @@ impl Op for Reduce {
         let dy = compute::reshape(dy, kept)?;
         let dx = match self.by {
             By::Sum => dy,
+            By::Mean if dy.is_on_opencl() => compute::cl_scale(&dy, 1.0 / self.count(x[0].shape()) as f64)?,
+            By::Max if dy.is_on_opencl() => cl_shares(x[0], &compute::reshape(y, kept)?, &dy, &self.dims)?,
             By::Mean => dispatch!("mean", dy.dtype(), T => {
                 let n = T::from_f64(self.count(x[0].shape()) as f64);
                 compute::map::<T, T>(&dy, |dy| dy / n)
@@ -121,6 +127,32 @@ impl Op for Reduce {
             By::Max => Saves::inputs(&[0]).and(Saves::OUTPUT),
         }
     }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
+    }
+}
+
+impl Reduce {
+    /// The result with a size of 1 for all that is reduced, on an OpenCL device.
+    fn on_opencl(&self, x: &Tensor) -> Result<Tensor> {
+        match self.by {
+            By::Sum => compute::cl_sum(x, &self.dims, 1.0),
+            By::Mean => compute::cl_sum(x, &self.dims, 1.0 / self.count(x.shape()) as f64),
+            By::Max => {
+                let y = opencl::reduce::max(x.cl()?, &self.dims)?;
+                Ok(Tensor::from_cl(y, x.dtype(), self.kept(x.shape())?, x.device()))
+            }
+        }
+    }
+}
+
+/// [`shares`] on an OpenCL device.
+fn cl_shares(x: &Tensor, y: &Tensor, dy: &Tensor, dims: &[usize]) -> Result<Tensor> {
+    let is_max = compute::cl_zip("max", "equal", x, y)?;
+    let count = compute::cl_sum(&is_max, dims, 1.0)?;
+    let share = compute::cl_zip("max", "div", dy, &count)?;
+    compute::cl_zip("max", "mul", &is_max, &share)
 }
 
 /// dy·[x = y] over the number of elements that are equal to the maximum.
@@ -182,9 +214,10 @@ impl Tensor {
     /// # Ok::<(), randlora::Error>(())
     /// ```
     pub fn all_finite(&self) -> Result<bool> {
-        let x = match self.dtype() {
-            DType::BF16 | DType::F16 => compute::cast(self, DType::F32)?,
-            _ => self.detach(),
+        let x = self.on_host()?;
+        let x = match x.dtype() {
+            DType::BF16 | DType::F16 => compute::cast(&x, DType::F32)?,
+            _ => x,
         };
         dispatch!("all_finite", x.dtype(), T => {
             Ok(compute::fold::<T>(&x, &x.all_dims(), reduce::Finite)?.item()? == 0.0)

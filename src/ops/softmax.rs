@@ -5,6 +5,7 @@ use crate::cpu::reduce::{Max, Sum, fold_row, fold_zip};
 use crate::cpu::{Float, dispatch, rows};
 use crate::error::Result;
 use crate::grad::{Op, Saves, apply};
+use crate::opencl;
 use crate::tensor::Tensor;
 
 /// Along one dimension y_j = e^x_j / Σ_k e^x_k, or ln y_j. With m = max x the same is
@@ -26,6 +27,11 @@ impl Op for Softmax {
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         x[0].shape().check_dim(self.dim, self.name())?;
         let x = lines(x[0], self.dim)?;
+        if x.is_on_opencl() {
+            let y = opencl::softmax::forward(self.name(), x.cl()?)?;
+            let y = Tensor::from_cl(y, x.dtype(), *x.shape(), x.device());
+            return Ok((back(&y, self.dim)?, vec![]));
+        }
         let y = dispatch!(self.name(), x.dtype(), T => match self.log {
             false => on_lines::<T, 1>([&x], #[inline(always)] |[x], y| softmax(x, y)),
             true => on_lines::<T, 1>([&x], #[inline(always)] |[x], y| log_softmax(x, y)),
@@ -42,6 +48,12 @@ impl Op for Softmax {
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let (y, dy) = (lines(y, self.dim)?, lines(dy, self.dim)?);
+        if dy.is_on_opencl() {
+            let kernel = if self.log { "log_softmax_vjp" } else { "softmax_vjp" };
+            let dx = opencl::softmax::vjp(kernel, y.cl()?, dy.cl()?)?;
+            let dx = Tensor::from_cl(dx, dy.dtype(), *dy.shape(), dy.device());
+            return Ok(vec![Some(back(&dx, self.dim)?)]);
+        }
         let dx = dispatch!(self.name(), dy.dtype(), T => match self.log {
             false => on_lines::<T, 2>([&y, &dy], #[inline(always)] |[y, dy], dx| softmax_vjp(y, dy, dx)),
             true => on_lines::<T, 2>([&y, &dy], #[inline(always)] |[y, dy], dx| log_softmax_vjp(y, dy, dx)),
@@ -51,6 +63,10 @@ impl Op for Softmax {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::OUTPUT
+    }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x)
     }
 }
 

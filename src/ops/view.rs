@@ -6,6 +6,7 @@ use crate::compute;
 use crate::cpu::dispatch;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
+use crate::opencl::elementwise;
 use crate::shape::{IntoShape, Shape};
 use crate::tensor::Tensor;
 
@@ -70,6 +71,11 @@ impl Op for View {
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
     }
+
+    /// Views are there for any type; the zeros around a part are made in f32.
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        !matches!(self, View::Slice(..)) || compute::all_f32(x)
+    }
 }
 
 /// Zeros of the given shape with `dy` at `range` of dimension `dim`.
@@ -77,6 +83,10 @@ fn put(dy: &Tensor, shape: &Shape, dim: usize, range: &Range<usize>) -> Result<T
     // Seen as (outer, dim, inner), the part is a run in each outer row.
     let inner: usize = shape[dim + 1..].iter().product();
     let (row, from, len) = (shape[dim] * inner, range.start * inner, range.len() * inner);
+    if dy.is_on_opencl() {
+        let out = elementwise::put(dy.cl()?, shape, dim, range.clone())?;
+        return Ok(Tensor::from_cl(out, dy.dtype(), *shape, dy.device()));
+    }
     let dy = compute::contiguous(dy)?;
     dispatch!("slice", dy.dtype(), T => {
         let mut out = dy.device().host().buffer::<T>(shape.numel())?;
@@ -116,6 +126,10 @@ impl Op for Contiguous {
 
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::NOTHING
+    }
+
+    fn runs_on_opencl(&self, _: &[&Tensor]) -> bool {
+        true
     }
 }
 

@@ -7,6 +7,7 @@ use crate::dtype::Element;
 use crate::error::Result;
 use crate::grad::Gradients;
 use crate::nn::Module;
+use crate::opencl;
 use crate::optim::{Memory, Optimizer};
 
 /// AdamW (Loshchilov and Hutter, 2019), step by step as in PyTorch. At a parameter's step t:
@@ -59,6 +60,19 @@ impl Optimizer for AdamW {
         let AdamW { beta1, beta2, eps, weight_decay, .. } = *self;
         self.moments.update(model, gradients, |parameter, gradient, t, [m, v]| {
             let correction = |beta: f64| 1.0 - beta.powf(t as f64);
+            if gradient.is_on_opencl() {
+                let coefficients = opencl::optim::AdamW {
+                    beta1,
+                    beta2,
+                    keep: 1.0 - learning_rate * weight_decay,
+                    rate: learning_rate / correction(beta1),
+                    root: 1.0 / correction(beta2).sqrt(),
+                    eps,
+                };
+                let (g, p) = (compute::contiguous(gradient)?, parameter.cl_own()?);
+                let (m, v) = (compute::cl_own(m)?, compute::cl_own(v)?);
+                return opencl::optim::adamw([p.cl()?, m.cl()?, v.cl()?, g.cl()?], coefficients);
+            }
             dispatch!("adamw", gradient.dtype(), T => {
                 let gradient = compute::contiguous(gradient)?;
                 let g = gradient.elements::<T>()?;

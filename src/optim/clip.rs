@@ -3,9 +3,12 @@
 use crate::compute;
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, dispatch, parallel};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::Gradients;
 use crate::nn::Module;
+use crate::opencl;
+use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// The Euclidean norm of the gradients of all trained parameters as one vector, in f64.
@@ -14,10 +17,12 @@ use crate::tensor::Tensor;
 /// [`Error::NonFinite`] for a gradient with a NaN or an infinity in it, called by its parameter's
 /// name; `step` is only told on.
 pub fn gradient_norm(model: &dyn Module, gradients: &Gradients, step: usize) -> Result<f64> {
+    let trained = model.parameters().into_iter().filter(|(_, p)| p.is_trainable());
+    let found: Vec<(String, &Tensor)> =
+        trained.filter_map(|(name, p)| Some((name, gradients.get(p.leaf())?))).collect();
+    let tensors: Vec<&Tensor> = found.iter().map(|(_, gradient)| *gradient).collect();
     let mut sum = 0.0;
-    for (name, parameter) in model.parameters().into_iter().filter(|(_, p)| p.is_trainable()) {
-        let Some(gradient) = gradients.get(parameter.leaf()) else { continue };
-        let square = dispatch!("gradient_norm", gradient.dtype(), T => squares::<T>(gradient))?;
+    for ((name, _), square) in found.iter().zip(squares_of_all(&tensors)?) {
         if !square.is_finite() {
             return Err(Error::NonFinite { what: format!("the gradient of `{name}`"), step });
         }
@@ -38,6 +43,20 @@ pub fn clip_gradients(model: &dyn Module, gradients: &mut Gradients, limit: f64,
         gradients.scale(limit / (norm + 1e-6))?;
     }
     Ok(norm)
+}
+
+/// The sum of the squares of each tensor. Those on an OpenCL device are read back in one go.
+fn squares_of_all(tensors: &[&Tensor]) -> Result<Vec<f64>> {
+    if tensors.iter().any(|x| x.is_on_opencl()) {
+        let ordered = tensors.iter().map(|x| compute::contiguous(x)).collect::<Result<Vec<_>>>()?;
+        let views = ordered.iter().map(|x| x.cl()).collect::<Result<Vec<_>>>()?;
+        let found = opencl::optim::squares(&views)?;
+        let found = Tensor::from_cl(found, DType::F32, Shape::new(&[tensors.len(), 2])?, tensors[0].device());
+        let square = |x: &[f32]| (x[0] as f64).powi(2) * x[1] as f64;
+        return Ok(found.to_vec::<f32>()?.chunks_exact(2).map(square).collect());
+    }
+    let squares = |x: &&Tensor| dispatch!("gradient_norm", x.dtype(), T => squares::<T>(x));
+    tensors.iter().map(squares).collect()
 }
 
 /// Elements whose squares are added up in one go.

@@ -94,6 +94,10 @@ fn check(model: &dyn Module, gradients: &Gradients) -> Result<()> {
                     format!("`{name}` is {dtype}, which stores frozen weights only: freeze or cast it");
                 return Err(Error::dtype("step", message));
             }
+            Some(gradient) if gradient.is_on_opencl() && dtype != DType::F32 => {
+                let message = format!("`{name}` is {dtype}: an OpenCL device trains in f32");
+                return Err(Error::dtype("step", message));
+            }
             Some(_) => {}
         }
     }

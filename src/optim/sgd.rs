@@ -7,6 +7,7 @@ use crate::dtype::Element;
 use crate::error::Result;
 use crate::grad::Gradients;
 use crate::nn::Module;
+use crate::opencl;
 use crate::optim::{Memory, Optimizer};
 
 /// Gradient descent with momentum: v ← μ·v + g + w·p, p ← p − η·v.
@@ -42,6 +43,11 @@ impl Optimizer for Sgd {
     fn step(&mut self, model: &mut dyn Module, gradients: &Gradients, learning_rate: f64) -> Result<()> {
         let (momentum, decay) = (self.momentum, self.weight_decay);
         self.velocity.update(model, gradients, |parameter, gradient, _, [velocity]| {
+            if gradient.is_on_opencl() {
+                let (g, p) = (compute::contiguous(gradient)?, parameter.cl_own()?);
+                let v = compute::cl_own(velocity)?;
+                return opencl::optim::sgd([p.cl()?, v.cl()?, g.cl()?], momentum, decay, learning_rate);
+            }
             dispatch!("sgd", gradient.dtype(), T => {
                 let [momentum, decay, rate] = [momentum, decay, learning_rate].map(T::from_f64);
                 let gradient = compute::contiguous(gradient)?;

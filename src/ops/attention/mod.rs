@@ -9,11 +9,14 @@ use crate::cpu::elementwise::View;
 use crate::cpu::gemm::Mat;
 use crate::cpu::{Float, dispatch, parallel};
 use crate::device::{Buffer, Device};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
-use crate::ops::dropout::{DropoutKey, check_rate};
+use crate::opencl;
+use crate::opencl::runtime::ClBuffer;
+use crate::ops::dropout::{DropoutKey, check_rate, cl_mask};
 use crate::ops::matmul::matrix;
-use crate::shape::Shape;
+use crate::shape::{Layout, Shape};
 use crate::tensor::Tensor;
 use head::{Found, Head, HeadGradients, copy_rows, scratch_len};
 
@@ -144,6 +147,11 @@ impl Op for Attention {
         }
         let device = x[0].device();
         let shape = Shape::new(&[b, h, t, e])?;
+        if x[0].is_on_opencl() {
+            let (y, lse) = self.on_opencl(x)?.forward(&lies_places_first([b, t, h, e])?)?;
+            let lse = Tensor::from_cl(lse, dtype, Shape::new(&[b, h, t])?, device);
+            return Ok((cl_places_first(y, [b, t, h, e], device)?, vec![lse]));
+        }
         dispatch!("attention", dtype, T => {
             let heads = Heads::<T>::new(&self.0, x)?;
             let mut y = device.host().buffer::<T>(shape.numel())?;
@@ -167,6 +175,9 @@ impl Op for Attention {
         dy: &Tensor,
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
+        if dy.is_on_opencl() {
+            return self.cl_gradients(x, y, &aux[0], dy);
+        }
         // Rows are read as slices.
         let dy = if dy.layout().strides()[3] == 1 { dy.detach() } else { compute::contiguous(dy)? };
         dispatch!("attention", dy.dtype(), T => self.gradients::<T>(x, y, &aux[0], &dy, need))
@@ -175,9 +186,45 @@ impl Op for Attention {
     fn saves(&self, _: &[bool]) -> Saves {
         Saves::inputs(&[0, 1, 2]).and(Saves::OUTPUT).and(Saves::AUX)
     }
+
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        compute::all_f32(x) && x[1].dims().get(2).is_none_or(|&keys| keys <= opencl::attention::MOST_KEYS)
+    }
 }
 
 impl Attention {
+    /// The same for kernels on an OpenCL device.
+    fn on_opencl<'a>(&'a self, x: &[&'a Tensor]) -> Result<opencl::attention::Attention<'a>> {
+        let width = x[0].dims()[3].max(1) as f64;
+        Ok(opencl::attention::Attention {
+            q: x[0].cl()?,
+            k: x[1].cl()?,
+            v: x[2].cl()?,
+            scale: self.0.scale.unwrap_or(1.0 / width.sqrt()),
+            causal: self.0.causal,
+            keys: self.0.keys.as_deref(),
+            mask: self.0.dropout.map(|(p, key)| cl_mask(key, p)),
+        })
+    }
+
+    fn cl_gradients(
+        &self,
+        x: &[&Tensor],
+        y: &Tensor,
+        lse: &Tensor,
+        dy: &Tensor,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let Sizes { b, h, h_kv, t, tk, d, e } = Sizes::of(x[0], x[1], x[2])?;
+        let dims = [[b, t, h, d], [b, tk, h_kv, d], [b, tk, h_kv, e]];
+        let [q, k, v] =
+            [lies_places_first(dims[0])?, lies_places_first(dims[1])?, lies_places_first(dims[2])?];
+        let found = opencl::attention::Found { y: y.cl()?, lse: lse.cl()?, dy: dy.cl()? };
+        let gradients = self.on_opencl(x)?.vjp(found, [&q, &k, &v])?;
+        let tensors =
+            gradients.into_iter().zip(dims).map(|(data, dims)| cl_places_first(data, dims, y.device()));
+        tensors.map(|tensor| tensor.map(Some)).collect()
+    }
+
     fn gradients<T: Float>(
         &self,
         x: &[&Tensor],
@@ -261,6 +308,17 @@ fn rows_of<T: Float>(x: &mut Option<Buffer<T>>, dims: [usize; 4]) -> Vec<Option<
 fn places_first<T: Float>(x: Buffer<T>, dims: [usize; 4], device: &Device) -> Result<Tensor> {
     let x = Tensor::from_buffer(x, Shape::new(&dims)?, device);
     Ok(x.with_layout(x.layout().permute(&[0, 2, 1, 3])?))
+}
+
+/// How (B, H, T, w) lies in a buffer (B, T, H, w).
+fn lies_places_first(dims: [usize; 4]) -> Result<Layout> {
+    Layout::contiguous(Shape::new(&dims)?).permute(&[0, 2, 1, 3])
+}
+
+/// [`places_first`] on an OpenCL device.
+fn cl_places_first(data: ClBuffer, dims: [usize; 4], device: &Device) -> Result<Tensor> {
+    let x = Tensor::from_cl(data, DType::F32, Shape::new(&dims)?, device);
+    Ok(x.with_layout(lies_places_first(dims)?))
 }
 
 impl Tensor {

@@ -1,9 +1,12 @@
 //! The random matrices that the layers of a model share, and what is where in them.
 
+use std::sync::OnceLock;
+
 use super::plan::Sizes;
 use crate::compute;
 use crate::cpu::gemm::Mat;
 use crate::cpu::{Float, dispatch};
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::shape::Shape;
@@ -49,6 +52,8 @@ pub struct Bases {
     pairing: Pairing,
     /// The n of the factor √n that block bases were made with.
     made_for: usize,
+    /// Both on the OpenCL device that they were last used on. All else is done with them in host memory.
+    on_device: OnceLock<(Tensor, Tensor)>,
 }
 
 impl Bases {
@@ -93,7 +98,8 @@ impl Bases {
                 format!("{} only stores: cast with `to_dtype(DType::F32)`", a.dtype()),
             ));
         }
-        Ok(Bases { a: compute::contiguous(a)?, b: compute::contiguous(b)?, structure, pairing, made_for })
+        let (a, b) = (compute::contiguous(&a.on_host()?)?, compute::contiguous(&b.on_host()?)?);
+        Ok(Bases { a, b, structure, pairing, made_for, on_device: OnceLock::new() })
     }
 
     /// r: the rank of one basis.
@@ -123,7 +129,21 @@ impl Bases {
 
     /// The same bases in another type. f32 to f64 is exact.
     pub fn to_dtype(&self, dtype: DType) -> Result<Bases> {
-        Ok(Bases { a: self.a.to_dtype(dtype)?, b: self.b.to_dtype(dtype)?, ..*self })
+        let (a, b, on_device) = (self.a.to_dtype(dtype)?, self.b.to_dtype(dtype)?, OnceLock::new());
+        Ok(Bases { a, b, on_device, ..*self })
+    }
+
+    /// A and B on an OpenCL device. They are moved once, whatever the number of layers that share them.
+    pub(super) fn on_device(&self, device: &Device) -> Result<(Tensor, Tensor)> {
+        if let Some((a, b)) = self.on_device.get()
+            && a.device().is(device)
+        {
+            return Ok((a.clone(), b.clone()));
+        }
+        let moved = (self.a.moved(device)?, self.b.moved(device)?);
+        // Of two that come at once, or of two devices, the first one's stay.
+        let _ = self.on_device.set(moved.clone());
+        Ok(moved)
     }
 
     /// What the entries of B are multiplied by in a layer with `n` bases.

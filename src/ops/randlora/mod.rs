@@ -13,6 +13,7 @@
 
 mod bases;
 mod block;
+mod cl;
 mod factored;
 mod layer;
 mod panel;
@@ -27,6 +28,7 @@ use crate::compute;
 use crate::cpu::gemm::{Mat, MatMut};
 use crate::cpu::{Float, dispatch, reduce};
 use crate::device::CpuDevice;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::ops::dropout::{DropoutKey, check_rate, mask_in_place};
@@ -44,7 +46,7 @@ pub struct RandLoraOptions {
     pub scale: f64,
     /// Dropout of the adapter's input: its probability and key. The frozen layer gets all of x.
     pub dropout: Option<(f64, DropoutKey)>,
-    /// These ways instead of the cheapest ones.
+    /// These ways instead of the cheapest ones. An OpenCL device always takes the panel way.
     pub ways: Option<(Way, Way)>,
 }
 
@@ -79,6 +81,8 @@ pub fn randlora_linear(
     };
     let structure = options.bases.structure();
     let plan = match options.ways {
+        // What an OpenCL device has kernels for.
+        _ if x.is_on_opencl() => Plan::forced(sizes, wants, structure, Way::Panel, Way::Panel),
         None => Plan::new(sizes, wants, structure),
         Some((forward, backward)) => Plan::forced(sizes, wants, structure, forward, backward),
     };
@@ -137,6 +141,12 @@ fn check(
     Ok(sizes)
 }
 
+/// What the engine is told when it asks for dW0, which `randlora_linear` lets nobody do.
+fn frozen() -> Error {
+    let message = "a gradient was wanted for the frozen weight W0; see `randlora_linear`";
+    Error::Frozen { op: "randlora", message: message.into() }
+}
+
 /// Inputs: x, W0, λ, γ and, if there is one, the bias.
 #[derive(Debug)]
 struct RandLora {
@@ -153,6 +163,9 @@ impl Op for RandLora {
     }
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
+        if x[0].is_on_opencl() {
+            return Ok((self.cl_forward(x)?, vec![]));
+        }
         dispatch!("randlora", x[0].dtype(), T => self.forward_in::<T>(x))
     }
 
@@ -164,6 +177,9 @@ impl Op for RandLora {
         dy: &Tensor,
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
+        if dy.is_on_opencl() {
+            return self.cl_vjp(x, dy, need);
+        }
         dispatch!("randlora", dy.dtype(), T => self.vjp_in::<T>(x, aux, dy, need))
     }
 
@@ -172,6 +188,11 @@ impl Op for RandLora {
         let diagonals = need[2] || need[3];
         let h_or_x = if self.plan.keep_h { Saves::AUX } else { Saves::inputs(&[0]) };
         Saves::inputs(&[2, 3]).and(Saves::inputs(&[1]).when(need[0])).and(h_or_x.when(diagonals))
+    }
+
+    /// The weight may be narrow: it is widened a panel at a time.
+    fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
+        x[1].dtype() != DType::F64 && x.iter().enumerate().all(|(i, x)| i == 1 || x.dtype() == DType::F32)
     }
 }
 
@@ -246,8 +267,7 @@ impl RandLora {
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         if need[1] {
-            let message = "a gradient was wanted for the frozen weight W0; see `randlora_linear`";
-            return Err(Error::Frozen { op: "randlora", message: message.into() });
+            return Err(frozen());
         }
         let host = dy.device().host();
         let dy_rows = compute::contiguous(dy)?;

@@ -1,0 +1,47 @@
+//! The driver of a build without the feature `opencl`: there are no devices, and so nothing to call.
+
+use std::path::Path;
+
+use super::{Argument, Grid, OpenClInfo};
+use crate::error::{Error, Result};
+
+/// No device is of this type, and so on.
+pub(super) enum Id {}
+pub(super) enum Driver {}
+#[derive(Debug)]
+pub(super) enum Memory {}
+pub(super) enum Program {}
+
+pub(super) fn list() -> Result<Vec<(Id, OpenClInfo)>> {
+    Err(Error::opencl("devices", "this build has none: build with the feature `opencl`"))
+}
+
+impl Driver {
+    pub(super) fn open(id: Id) -> Result<Driver> {
+        match id {}
+    }
+
+    pub(super) fn allocate(&self, _: usize) -> Result<Memory> {
+        match *self {}
+    }
+
+    pub(super) fn write(&self, _: &Memory, _: Vec<u8>) -> Result<bool> {
+        match *self {}
+    }
+
+    pub(super) fn read(&self, _: &Memory, _: usize, _: &mut [u8]) -> Result<()> {
+        match *self {}
+    }
+
+    pub(super) fn finish(&self) -> Result<()> {
+        match *self {}
+    }
+
+    pub(super) fn build(&self, _: &'static str, _: &str, _: &str, _: Option<&Path>) -> Result<Program> {
+        match *self {}
+    }
+
+    pub(super) fn launch(&self, _: &mut Program, _: &'static str, _: &[Argument<'_>], _: Grid) -> Result<()> {
+        match *self {}
+    }
+}

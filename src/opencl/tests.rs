@@ -1,0 +1,264 @@
+//! What only devices promise; that they compute what the CPU computes, `ops/cases.rs` checks.
+
+use std::sync::OnceLock;
+
+use super::View;
+use super::gemm::gemm;
+use super::runtime::{Arg, Grid, Source};
+use crate::dtype::DType;
+use crate::error::Error;
+use crate::nn::{Context, Init, Linear, Module};
+use crate::ops::dropout::DropoutKey;
+use crate::optim::{AdamW, Optimizer, clip_gradients};
+use crate::shape::{Layout, Shape};
+use crate::{Device, Tensor, random};
+
+/// The first device, a new one for each test. None, with a message, where there is none; under CI that is a
+/// failure.
+pub(crate) fn device() -> Option<Device> {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    let opened = Device::opencl(0);
+    let found = FOUND.get_or_init(|| match &opened {
+        Ok(_) => true,
+        Err(error) if std::env::var_os("CI").is_some_and(|ci| ci == "true") => panic!("{error}"),
+        Err(error) => {
+            eprintln!("not tested: {error}");
+            false
+        }
+    });
+    opened.ok().filter(|_| *found)
+}
+
+fn numbers(dims: &[usize], seed: u64, device: &Device) -> Tensor {
+    let mut words = vec![0; dims.iter().product()];
+    random::words(seed, 0, 0, &mut words);
+    let values: Vec<f32> = words.into_iter().map(|w| random::normal(w) as f32).collect();
+    Tensor::from_vec(values, dims, device).unwrap()
+}
+
+fn assert_close(got: &Tensor, want: &Tensor, tolerance: f32) {
+    let (got, want) = (got.to_vec::<f32>().unwrap(), want.to_vec::<f32>().unwrap());
+    let most = want.iter().fold(1f32, |m, x| m.max(x.abs()));
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        assert!((got - want).abs() <= tolerance * most, "{i}: {got} where {want} is right");
+    }
+}
+
+/// More than one tile in every direction, all strides, and what c holds.
+#[test]
+fn products_of_several_tiles() {
+    let Some(gpu) = device() else { return };
+    let cpu = Device::cpu();
+    for (m, k, n) in [(1, 1, 1), (33, 70, 65), (130, 17, 31), (64, 300, 129), (5, 0, 3)] {
+        let (a, b) = (numbers(&[m, k], 1, &cpu), numbers(&[n, k], 2, &cpu));
+        let want = a.matmul(&b.t().unwrap()).unwrap();
+        let (a, b) = (a.to_device(&gpu).unwrap(), b.to_device(&gpu).unwrap());
+        assert_close(&a.matmul(&b.t().unwrap()).unwrap(), &want, 1e-5);
+        assert_close(&b.matmul(&a.t().unwrap()).unwrap(), &want.t().unwrap(), 1e-5);
+        let c = numbers(&[m, n], 3, &cpu);
+        let (on, to) = (c.to_device(&gpu).unwrap(), Layout::contiguous(Shape::new(&[m, n]).unwrap()));
+        let right = b.t().unwrap();
+        gemm(0.5, a.cl().unwrap(), (right.cl().unwrap(), DType::F32), 2.0, (on.cl().unwrap().data, &to))
+            .unwrap();
+        let want = want.scale(0.5).unwrap().add(&c.scale(2.0).unwrap()).unwrap();
+        assert_close(&on, &want, 1e-5);
+    }
+}
+
+/// What is undefined in the result's memory must not reach it.
+#[test]
+fn a_product_onto_nothing_ignores_what_was_there() {
+    let Some(gpu) = device() else { return };
+    let x = numbers(&[3, 3], 1, &gpu);
+    let y = Tensor::full(f64::NAN, [3, 3], DType::F32, &gpu).unwrap();
+    let View { data, layout } = y.cl().unwrap();
+    gemm(1.0, x.cl().unwrap(), (x.cl().unwrap(), DType::F32), 0.0, (data, layout)).unwrap();
+    assert!(y.to_vec::<f32>().unwrap().iter().all(|y| y.is_finite()));
+}
+
+#[test]
+fn dropout_has_the_same_bits() {
+    let Some(gpu) = device() else { return };
+    let key = DropoutKey { seed: u64::MAX - 5, step: 3, site: 9 };
+    for (n, p) in [(1, 0.5), (15, 0.1), (16, 0.9), (5000, 0.3)] {
+        let x = numbers(&[n], 4, &Device::cpu());
+        let want = x.dropout(p, key).unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(x.to_device(&gpu).unwrap().dropout(p, key).unwrap().to_vec::<f32>().unwrap(), want);
+    }
+}
+
+#[test]
+fn every_half_is_widened_exactly() {
+    let Some(gpu) = device() else { return };
+    for dtype in [DType::BF16, DType::F16] {
+        let bits: Vec<f32> = (0..=u16::MAX)
+            .map(|bits| match dtype {
+                DType::BF16 => f32::from_bits((bits as u32) << 16),
+                _ => crate::Element::to_f32(crate::F16(bits)),
+            })
+            .filter(|x| !x.is_nan())
+            .collect();
+        let stored =
+            Tensor::from_slice(&bits, [bits.len()], &Device::cpu()).unwrap().to_dtype(dtype).unwrap();
+        let wide = stored.to_device(&gpu).unwrap().to_dtype(DType::F32).unwrap().to_vec::<f32>().unwrap();
+        // Devices may flush the subnormal numbers of f32, which bf16 has too; f16's are normal there.
+        let equal = |(a, b): (&f32, &f32)| a == b || (b.is_subnormal() && *a == 0.0);
+        assert!(wide.iter().zip(&bits).all(equal), "{dtype}");
+    }
+}
+
+#[test]
+fn what_is_on_the_device_is_not_read_by_mistake() {
+    let Some(gpu) = device() else { return };
+    let (x, host) = (numbers(&[3], 1, &gpu), numbers(&[3], 1, &Device::cpu()));
+    let error = x.add(&host).unwrap_err().to_string();
+    assert!(error.contains("inputs on OpenCL device") && error.contains("to_device"), "{error}");
+    assert!(matches!(x.elements::<f32>(), Err(Error::Config { what: "device", .. })));
+    assert_eq!(x.to_vec::<f32>().unwrap(), host.to_vec::<f32>().unwrap());
+    let there_and_back = host.track();
+    let y = there_and_back.to_device(&gpu).unwrap().scale(3.0).unwrap().sum_all().unwrap();
+    let g = y.backward().unwrap().of(&there_and_back).unwrap().to_vec::<f32>().unwrap();
+    assert_eq!(g, [3.0; 3]);
+}
+
+#[test]
+fn a_strict_device_takes_no_way_through_the_host() {
+    let Some(gpu) = device() else { return };
+    let x = numbers(&[3], 1, &gpu).track();
+    // Nothing is computed in f64 there.
+    let wide = x.detach().to_dtype(DType::F64).unwrap().track();
+    let square = || wide.mul(&wide)?.sum_all();
+    let gradients = square().unwrap().backward().unwrap();
+    assert!(gradients.of(&wide).unwrap().device().is(&gpu));
+    let taken: Vec<_> = gpu.round_trips().into_iter().collect();
+    assert_eq!(taken, [("gradient", 1), ("mul", 2), ("sum", 2), ("to_dtype", 1)]);
+    gpu.set_strict(true);
+    let error = square().unwrap_err().to_string();
+    assert!(error.contains("mul: no kernel") && error.contains("set_strict(false)"), "{error}");
+    x.mul(&x).unwrap().sum_all().unwrap().backward().unwrap();
+}
+
+static BROKEN: Source =
+    Source { name: "broken.cl", text: "kernel void nothing(global float *x) { x[0] = missing; }" };
+static SOUND: Source =
+    Source { name: "sound.cl", text: "kernel void set(global float *x, float y) { x[0] = y; }" };
+
+#[test]
+fn what_does_not_build_or_fit_is_an_error() {
+    let Some(gpu) = device() else { return };
+    let runtime = gpu.runtime().unwrap();
+    let buffer = runtime.buffer(4).unwrap();
+    let error = runtime.launch(&BROKEN, "nothing", &[Arg::Buffer(&buffer)], Grid::items(1)).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("broken.cl: does not build") && text.contains("missing"), "{text}");
+    for (kernel, args) in [
+        ("absent", &[Arg::Buffer(&buffer), Arg::F32(1.0)][..]),
+        ("set", &[Arg::Buffer(&buffer), Arg::U64(1)]),
+        ("set", &[Arg::Buffer(&buffer), Arg::F32(1.0), Arg::F32(2.0)]),
+    ] {
+        let error = runtime.launch(&SOUND, kernel, args, Grid::items(1)).unwrap_err();
+        assert!(matches!(error, Error::OpenCl { .. }), "{error}");
+    }
+    runtime
+        .launch(&SOUND, "set", &[Arg::Buffer(&buffer), Arg::F32(7.0)], Grid { groups: [1; 3], group: [1; 3] })
+        .unwrap();
+    assert!(matches!(Device::opencl(usize::MAX), Err(Error::OpenCl { .. })));
+}
+
+#[test]
+fn too_much_memory_is_an_error_with_its_size() {
+    let Some(gpu) = device() else { return };
+    let runtime = gpu.runtime().unwrap();
+    let error = runtime.buffer(runtime.info().largest_buffer.saturating_add(1)).unwrap_err();
+    let bytes = runtime.info().largest_buffer + 1;
+    assert!(
+        matches!(error, Error::OutOfMemory { bytes: b } if b == bytes)
+            || matches!(error, Error::OpenCl { .. })
+    );
+    // Nothing is lost.
+    assert_eq!(numbers(&[2], 1, &gpu).to_vec::<f32>().unwrap().len(), 2);
+}
+
+#[test]
+fn built_programs_are_kept_where_the_caller_says() {
+    if device().is_none() {
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("randlora-cl-{}", std::process::id()));
+    let sum = || -> crate::Result<f64> {
+        let gpu = Device::opencl_cached(0, &folder)?;
+        Tensor::ones([3], DType::F32, &gpu)?.sum_all()?.item()
+    };
+    assert_eq!(sum().unwrap(), 3.0);
+    let kept: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(kept.iter().any(|path| path.to_string_lossy().contains("reduce.cl")), "{kept:?}");
+    assert_eq!(sum().unwrap(), 3.0);
+    // What is damaged is built again.
+    kept.iter().for_each(|path| std::fs::write(path, b"damaged").unwrap());
+    assert_eq!(sum().unwrap(), 3.0);
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// The same training on both devices, and a pool that no step makes larger.
+#[test]
+fn a_thousand_steps_leave_the_pool_as_it_is() {
+    let Some(gpu) = device() else { return };
+    let train = |device: &Device, steps: u64| -> crate::Result<(Vec<f64>, Vec<usize>)> {
+        let init = Init::seeded(3, device);
+        let mut model = Linear::init(&init, 12, 7, true)?;
+        let (x, goal) = (init.normal("x", [9, 12], 1.0)?, vec![1, 0, 6, 2, 3, 4, 5, 0, 1]);
+        let mut optimizer = AdamW::new();
+        let (mut losses, mut pool) = (vec![], vec![]);
+        for step in 0..steps {
+            let ctx = Context::train(0, step);
+            let y = ctx.dropout(&model.forward(&x, &ctx)?, 0.1)?;
+            let loss = y.cross_entropy(&goal, None, 0.1)?;
+            losses.push(loss.item()?);
+            let mut gradients = loss.backward()?;
+            clip_gradients(&model, &mut gradients, 0.5, step as usize)?;
+            optimizer.step(&mut model, &gradients, 0.01)?;
+            drop((y, loss, gradients));
+            let memory = device.memory();
+            pool.push(memory.live_bytes + memory.kept_bytes);
+        }
+        Ok((losses, pool))
+    };
+    let (want, _) = train(&Device::cpu(), 20).unwrap();
+    let (losses, pool) = train(&gpu, 1000).unwrap();
+    for (step, (loss, want)) in losses.iter().zip(&want).enumerate() {
+        assert!((loss - want).abs() < 1e-4, "step {step}: {loss} where the CPU has {want}");
+    }
+    assert!(losses[999] < losses[0]);
+    assert!(pool[2..].iter().all(|bytes| bytes == &pool[2]), "{} to {}", pool[2], pool[999]);
+    assert!(gpu.round_trips().is_empty());
+    // The loss and the norm of the gradients: nothing else is waited for.
+    assert_eq!(gpu.opencl_counts().waits, 2000);
+}
+
+#[test]
+fn a_model_goes_there_and_back() {
+    let Some(gpu) = device() else { return };
+    let mut model = Linear::init(&Init::seeded(1, &Device::cpu()), 5, 4, true).unwrap();
+    let before = model.weight().value().to_vec::<f32>().unwrap();
+    model.to_device(&gpu).unwrap();
+    assert!(model.parameters().iter().all(|(_, p)| p.value().device().is(&gpu)));
+    model.to_device(&Device::cpu()).unwrap();
+    assert_eq!(model.weight().value().to_vec::<f32>().unwrap(), before);
+}
+
+#[test]
+fn the_size_of_gradients_is_seen_beyond_f32_squares() {
+    let Some(gpu) = device() else { return };
+    let x = Tensor::from_vec(vec![3e30f32, 4e30], [2], &gpu).unwrap();
+    let squares = super::optim::squares(&[x.cl().unwrap()]).unwrap();
+    let found =
+        Tensor::from_cl(squares, DType::F32, Shape::new(&[2]).unwrap(), &gpu).to_vec::<f32>().unwrap();
+    assert!((found[0] as f64 * (found[1] as f64).sqrt() / 5e30 - 1.0).abs() < 1e-6);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let x = Tensor::from_vec(vec![1.0, bad, 2.0], [3], &gpu).unwrap();
+        let squares = super::optim::squares(&[x.cl().unwrap()]).unwrap();
+        let found = Tensor::from_cl(squares, DType::F32, Shape::new(&[2]).unwrap(), &gpu);
+        assert!(!((found.to_vec::<f32>().unwrap()[0] as f64).powi(2) * 1.0).is_finite());
+    }
+}
