@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::Failure;
 use super::columns::ColumnArgs;
+use super::device::DeviceArgs;
 use super::model::{Classifier, ModelArgs, save_logits};
 use super::output::say;
 use super::table::{self, Labels};
@@ -20,6 +21,8 @@ use super::task::Scores;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// The examples: TSV, CSV or JSONL. With `--logits` they need no labels.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
@@ -39,7 +42,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn evaluate(args: &Args) -> randlora::Result<()> {
-    let device = args.model.precision.device();
+    let device = args.device.open(&args.model.precision)?;
     let classifier = Classifier::open(&args.model, &device)?;
     let wanted = if args.logits.is_some() { Labels::IfThere } else { Labels::Needed };
     let examples = table::read(&args.data, &args.columns.columns(), wanted)?;

@@ -8,6 +8,8 @@ mod bench;
 mod columns;
 mod convert;
 mod demo;
+mod device;
+mod devices;
 mod encode;
 mod eval;
 mod finetune;
@@ -47,6 +49,7 @@ enum Command {
     Bench(bench::Args),
     Merge(merge::Args),
     Convert(convert::Args),
+    Devices(devices::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -70,6 +73,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Devices(args) => devices::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -18,12 +18,17 @@ enum PrecisionName {
 }
 
 impl PrecisionArgs {
-    /// A device that computes so, and a line on standard error where it will not.
-    pub(crate) fn device(&self) -> Device {
-        let asked = match self.precision {
+    /// What was asked for.
+    pub(crate) fn asked(&self) -> Precision {
+        match self.precision {
             PrecisionName::F32 => Precision::F32,
             PrecisionName::Bf16 => Precision::Bf16,
-        };
+        }
+    }
+
+    /// A device that computes so, and a line on standard error where it will not.
+    pub(crate) fn device(&self) -> Device {
+        let asked = self.asked();
         if !asked.is_native() {
             eprintln!(
                 "note: this processor has no AVX512-BF16 instructions: computing in f32 instead of {asked}"

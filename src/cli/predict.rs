@@ -7,6 +7,7 @@ use randlora::Result;
 use serde_json::{Value, json};
 
 use super::Failure;
+use super::device::DeviceArgs;
 use super::model::{Classifier, ModelArgs};
 use super::output::say;
 use super::table::wrong_at;
@@ -21,6 +22,8 @@ use super::task::{Task, largest};
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// The texts; without any, the lines of standard input.
     texts: Vec<String>,
     /// Texts come in pairs: two arguments, or two parts of a line with a tab between them.
@@ -45,7 +48,8 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 const LINES: usize = 64;
 
 fn predict(args: &Args) -> Result<()> {
-    let classifier = Classifier::open(&args.model, &args.model.precision.device())?;
+    let device = args.device.open(&args.model.precision)?;
+    let classifier = Classifier::open(&args.model, &device)?;
     if !args.texts.is_empty() {
         let texts: Vec<Vec<&str>> = args
             .texts

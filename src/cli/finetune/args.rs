@@ -7,6 +7,7 @@ use clap::builder::TypedValueParser;
 use randlora::optim::Decay;
 
 use crate::cli::columns::ColumnArgs;
+use crate::cli::device::DeviceArgs;
 use crate::cli::method::{BasesName, MethodName, Settings};
 use crate::cli::model::ModelArgs;
 use crate::cli::targets;
@@ -26,6 +27,8 @@ them; whole models for --method full, bitfit and head), metrics.jsonl, curves.sv
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// The examples to learn from: TSV, CSV or JSONL. JSONL rows may have `input_ids` instead of texts.
     #[arg(long, value_name = "FILE")]
     pub(crate) train: PathBuf,

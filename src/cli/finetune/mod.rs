@@ -18,6 +18,7 @@ use randlora::{Device, Error, Result};
 use serde_json::json;
 
 use super::about::About;
+use super::device::note_use;
 use super::encode::Encoder;
 use super::labels::LabelSet;
 use super::model::{self, batch};
@@ -61,7 +62,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
         _ => None,
     };
 
-    let device = args.model.precision.device();
+    let device = args.device.open(&args.model.precision)?;
     let model = match &adapter {
         Some(adapter) => model::adapted(&checkpoint, Some(adapter), &device)?,
         None => {
@@ -198,6 +199,7 @@ impl Run<'_> {
             let place = self.folder.path("last");
             return Err(format!("{error}; {} has the state after {steps} steps", place.display()).into());
         }
+        note_use(&self.device);
         let curves = record.draw()?;
         self.report(&model, &record, best.map_or(0, |(_, epoch)| epoch), (start, tokens.get()))?;
         eprintln!(
