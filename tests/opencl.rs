@@ -46,7 +46,7 @@ fn batch(step: u32) -> (TokenBatch, Vec<u32>) {
 /// The losses of so many steps without dropout, and the model after them.
 fn train(device: &Device, method: &dyn Method, steps: u32) -> Result<(Vec<f64>, Bert)> {
     let mut model = model(device)?;
-    attach(&mut model, method, &Targets::AllLinear, &["classifier"])?;
+    attach(&mut model, method, &Targets::names(&["query", "key", "value", "dense"]), &["classifier"])?;
     let (mut optimizer, mut losses) = (AdamW::new(), vec![]);
     for step in 0..steps {
         let (batch, labels) = batch(step % 3);
@@ -73,12 +73,19 @@ fn follows(losses: &[f64], want: &[f64]) {
 #[test]
 fn twenty_losses_follow_the_cpu_and_adapters_are_interchangeable() {
     let Some(gpu) = device() else { return };
-    let randlora = |structure| RandLora { rank: 4, scale: 2.0, structure, ..RandLora::default() };
+    let randlora = |structure| RandLora {
+        rank: 4,
+        scale: 2.0,
+        structure,
+        pairing: Pairing::Peft,
+        ..RandLora::default()
+    };
     let methods: [&dyn Method; 3] =
         [&randlora(Structure::Dense), &randlora(Structure::Block), &Lora::default()];
     for method in methods {
         let (want, _) = train(&Device::cpu(), method, 20).unwrap();
-        assert!(want[17] < want[0], "{}: there is nothing to follow", method.name());
+        // The same batch as the first.
+        assert!(want[18] < want[0], "{}: there is nothing to follow", method.name());
         let (losses, trained) = train(&gpu, method, 20).unwrap();
         follows(&losses, &want);
 
@@ -91,7 +98,7 @@ fn twenty_losses_follow_the_cpu_and_adapters_are_interchangeable() {
         let mut again = model(&gpu).unwrap();
         randlora::io::Adapter::open(&folder.0).unwrap().attach(&mut again).unwrap();
         for (a, (b, c)) in there.iter().zip(logits(&here).into_iter().zip(logits(&again))) {
-            assert!((a - b).abs() < 1e-4 && (a - c).abs() < 1e-6, "{}: {a} {b} {c}", method.name());
+            assert!((a - b).abs() < 1e-4 && (a - c).abs() < 1e-4, "{}: {a} {b} {c}", method.name());
         }
     }
     assert!(gpu.round_trips().is_empty(), "{:?}", gpu.round_trips());
