@@ -99,7 +99,8 @@ pub(super) fn build<T: Float>(
         false => (left, a, d.len(), j.len()),
         true => (a.t(), left.t(), j.len(), d.len()),
     };
-    gemm(T::ONE, left, a, T::ZERO, MatMut::new(out, rows, width), Threads::Pool);
+    let pool = Threads::Pool(layer.weight.device().host());
+    gemm(T::ONE, left, a, T::ZERO, MatMut::new(out, rows, width), pool);
     parallel::rows(out, width, width, &|first, out| {
         for (row, out) in (first..).zip(out.chunks_mut(width)) {
             let base = base.map(|base| &base.data[row * base.row..][..width]);

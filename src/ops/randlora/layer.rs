@@ -20,10 +20,12 @@
 //! then goes through `block`.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, parallel};
+use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 use crate::ops::dropout::{DropoutKey, mask_range};
 use crate::ops::linear::widen;
@@ -76,16 +78,17 @@ impl<T: Float> Layer<'_, T> {
         }
     }
 
-    /// c ← alpha·a·b + beta·c on all threads, in the precision that the device computes layers in.
+    /// c ← alpha·a·b + what it is put onto, on all threads, in the precision that the device computes
+    /// layers in.
     pub(super) fn gemm(
         &self,
         alpha: T,
         a: Mat<'_, T>,
         b: Mat<'_, T>,
-        beta: T,
+        onto: Onto<'_, T>,
         c: MatMut<'_, T>,
     ) -> Result<()> {
-        T::layer_gemm(self.weight.device().host(), alpha, a, b, Onto::Itself(beta), c)
+        T::layer_gemm(self.weight.device().host(), alpha, a, b, onto, c)
     }
 
     /// h ← v·B_Q.
@@ -97,7 +100,7 @@ impl<T: Float> Layer<'_, T> {
             }
             Structure::Dense => {
                 let h = MatMut::new(h, v.rows, q.len());
-                self.gemm(T::ONE, v, self.b.columns(q.start, q.len()), T::ZERO, h)
+                self.gemm(T::ONE, v, self.b.columns(q.start, q.len()), Onto::NOTHING, h)
             }
         }
     }
@@ -111,7 +114,7 @@ impl<T: Float> Layer<'_, T> {
             }
             Structure::Dense => {
                 let v = MatMut::new(v, z.rows, self.sizes.large());
-                self.gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), T::ONE, v)
+                self.gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), Onto::Itself(T::ONE), v)
             }
         }
     }
@@ -143,7 +146,7 @@ impl<T: Float> Layer<'_, T> {
     /// Adds what M[rows, columns] = ∂L/∂C gives to the gradients of the diagonals.
     pub(super) fn pull(&self, rows: Range<usize>, columns: Range<usize>, m: &[T], to: &mut Diagonals<T>) {
         let (small, rank, width) = (self.sizes.small(), self.sizes.rank, columns.len());
-        let Diagonals { lambda, gamma } = to;
+        let (lambda, gamma) = (&mut to.lambda[..], &mut to.gamma[..]);
         parallel::rows_of_two((lambda, rank), (gamma, small), rank * width, &|basis, d_lambda, d_gamma| {
             let d_gamma = &mut d_gamma[columns.clone()];
             for (k, d_lambda) in d_lambda.iter_mut().enumerate() {
@@ -237,9 +240,19 @@ impl<T: Float> Kernel for Pull<'_, T> {
 
 /// The gradients of the diagonals while they are summed up: λ as n×r (a basis's ranks side by
 /// side, the transpose of how it is stored), γ as n×m.
-pub(super) struct Diagonals<T> {
-    pub(super) lambda: Vec<T>,
-    pub(super) gamma: Vec<T>,
+pub(super) struct Diagonals<T: Float> {
+    pub(super) lambda: Buffer<T>,
+    pub(super) gamma: Buffer<T>,
+}
+
+impl<T: Float> Diagonals<T> {
+    pub(super) fn zeros(sizes: Sizes, device: &Arc<CpuDevice>) -> Result<Self> {
+        let mut lambda = device.buffer(sizes.bases() * sizes.rank)?;
+        let mut gamma = device.buffer(sizes.bases() * sizes.small())?;
+        lambda.fill(T::ZERO);
+        gamma.fill(T::ZERO);
+        Ok(Diagonals { lambda, gamma })
+    }
 }
 
 /// The tokens on one side of the layer: a matrix of T rows, with the dropout that the adapter's

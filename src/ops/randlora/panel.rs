@@ -11,7 +11,7 @@ use super::block;
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
 use crate::cpu::Float;
-use crate::cpu::gemm::{Mat, MatMut};
+use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 
@@ -67,8 +67,8 @@ impl<'a, T: Float> Builder<'a, T> {
                 layer.fill_c(0..c, j.clone(), c_j);
                 let out = MatMut::new(w, dims.0, dims.1);
                 let out = if layer.is_wide() { out.t() } else { out };
-                let beta = if self.with_base { T::ONE } else { T::ZERO };
-                layer.gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), beta, out)?;
+                let onto = Onto::Itself(if self.with_base { T::ONE } else { T::ZERO });
+                layer.gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), onto, out)?;
             }
             Structure::Block => {
                 let left = &mut self.factor[..d.len() * layer.sizes.rank];
@@ -89,14 +89,14 @@ impl<'a, T: Float> Builder<'a, T> {
     }
 }
 
-/// v ← u·W̃ᵀ + beta·v.
+/// v ← u·W̃ᵀ + what it is put onto.
 pub(super) fn up<T: Float>(
     layer: &Layer<'_, T>,
     plan: &Plan,
     device: &Arc<CpuDevice>,
     base: bool,
     u: Tokens<'_, T>,
-    beta: T,
+    onto: Onto<'_, T>,
     v: &mut [T],
 ) -> Result<()> {
     let (small, large, chunk) = (layer.sizes.small(), layer.sizes.large(), chunk(plan, &u));
@@ -109,34 +109,34 @@ pub(super) fn up<T: Float>(
     for d in pieces(large, rows) {
         for j in pieces(small, columns) {
             let w = builder.build(d.clone(), j.clone())?;
-            let beta = if j.start == 0 { beta } else { T::ONE };
+            let onto = if j.start == 0 { onto.columns(d.clone()) } else { Onto::Itself(T::ONE) };
             for t in pieces(u.count, chunk) {
                 let v = MatMut::new(v, u.count, large).rows(t.start, t.len()).columns(d.start, d.len());
-                layer.gemm(T::ONE, u.part(t, j.clone(), &mut copy), w.t(), beta, v)?;
+                layer.gemm(T::ONE, u.part(t, j.clone(), &mut copy), w.t(), onto, v)?;
             }
         }
     }
     Ok(())
 }
 
-/// u ← v·W̃ + beta·u.
+/// u ← v·W̃ + what it is put onto.
 pub(super) fn down<T: Float>(
     layer: &Layer<'_, T>,
     plan: &Plan,
     device: &Arc<CpuDevice>,
     base: bool,
     v: Tokens<'_, T>,
-    beta: T,
+    onto: Onto<'_, T>,
     u: &mut [T],
 ) -> Result<()> {
     let (small, large, chunk) = (layer.sizes.small(), layer.sizes.large(), chunk(plan, &v));
     let mut builder = Builder::new(layer, device, base, (large, plan.panel.min(small)))?;
     let mut copy = device.scratch::<T>(v.copy_len(chunk, large))?;
     for j in pieces(small, plan.panel) {
-        let w_j = builder.build(0..large, j.clone())?;
+        let (w_j, onto) = (builder.build(0..large, j.clone())?, onto.columns(j.clone()));
         for t in pieces(v.count, chunk) {
             let u = MatMut::new(u, v.count, small).rows(t.start, t.len()).columns(j.start, j.len());
-            layer.gemm(T::ONE, v.part(t, 0..large, &mut copy), w_j, beta, u)?;
+            layer.gemm(T::ONE, v.part(t, 0..large, &mut copy), w_j, onto, u)?;
         }
     }
     Ok(())
@@ -158,15 +158,19 @@ pub(super) fn pull<T: Float>(
     let chunk = chunk(plan, &u).min(chunk(plan, &v));
     let mut u_copy = device.scratch::<T>(u.copy_len(chunk, widest))?;
     let mut v_copy = device.scratch::<T>(v.copy_len(chunk, large))?;
+    if u.count == 0 {
+        // No token starts the sums.
+        return Ok(());
+    }
     for j in pieces(small, plan.panel) {
         let (m_j, g_j) = (&mut m_j[..c * j.len()], &mut g_j[..large * j.len()]);
-        g_j.fill(T::ZERO);
         for t in pieces(u.count, chunk) {
+            let onto = Onto::sum(t.start == 0);
             let (u, v) = (u.part(t.clone(), j.clone(), &mut u_copy), v.part(t, 0..large, &mut v_copy));
-            layer.gemm(T::ONE, v.t(), u, T::ONE, MatMut::new(g_j, large, j.len()))?;
+            layer.gemm(T::ONE, v.t(), u, onto, MatMut::new(g_j, large, j.len()))?;
         }
         let g_j = Mat::new(g_j, large, j.len());
-        layer.gemm(layer.scale, layer.b.t(), g_j, T::ZERO, MatMut::new(m_j, c, j.len()))?;
+        layer.gemm(layer.scale, layer.b.t(), g_j, Onto::NOTHING, MatMut::new(m_j, c, j.len()))?;
         layer.pull(0..c, j, m_j, to);
     }
     Ok(())
