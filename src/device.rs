@@ -187,7 +187,12 @@ impl Pooled for u32 {
         Some(&device.u32)
     }
 }
-// Frozen weights are made once and kept: nothing to reuse.
+// Frozen weights and what stands for them are made once and kept: nothing to reuse.
+impl Pooled for u16 {
+    fn pool(_: &CpuDevice) -> Option<&Mutex<Pool<u16>>> {
+        None
+    }
+}
 impl Pooled for BF16 {
     fn pool(_: &CpuDevice) -> Option<&Mutex<Pool<BF16>>> {
         None

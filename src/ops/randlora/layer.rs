@@ -16,8 +16,8 @@
 //!
 //! dλ[k, i] = Σ_j M[q, j]·A[k, j]·γ[i, j],   dγ[i, j] = Σ_k M[q, j]·λ[k, i]·A[k, j].
 //!
-//! Of block bases only the D×r entries of B that are not zero are there; what B is multiplied with
-//! then goes through `block`.
+//! What B is multiplied with goes through `block` for block bases, of which only the D×r entries of B that
+//! are not zero are there, and through `whole` for others.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,9 +30,9 @@ use crate::error::Result;
 use crate::ops::dropout::{DropoutKey, mask_range};
 use crate::ops::linear::widen;
 use crate::ops::matmul::matrix;
-use crate::ops::randlora::bases::{Pairing, Structure};
-use crate::ops::randlora::block;
+use crate::ops::randlora::bases::{B, Pairing};
 use crate::ops::randlora::plan::Sizes;
+use crate::ops::randlora::{block, whole};
 use crate::shape::Layout;
 use crate::storage::dispatch_stored;
 use crate::tensor::Tensor;
@@ -40,14 +40,13 @@ use crate::tensor::Tensor;
 /// A layer's part of the shared bases, its diagonals and its frozen weight.
 pub(super) struct Layer<'a, T> {
     pub(super) sizes: Sizes,
-    pub(super) structure: Structure,
     pub(super) pairing: Pairing,
-    /// s, with what block bases made for another number of bases lack.
+    /// s, with what block bases made for another number of bases lack, or v of ternary ones.
     pub(super) scale: T,
     /// A: r×m.
     pub(super) a: Mat<'a, T>,
-    /// B: D×c, or D×r of block bases.
-    pub(super) b: Mat<'a, T>,
+    /// B.
+    pub(super) b: B<'a, T>,
     /// λ: r×n.
     pub(super) lambda: &'a [T],
     /// γ: n×m.
@@ -93,29 +92,23 @@ impl<T: Float> Layer<'_, T> {
 
     /// h ← v·B_Q.
     pub(super) fn collect(&self, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) -> Result<()> {
-        match self.structure {
-            Structure::Block => {
-                block::collect(self, q, v, h);
+        match self.b {
+            B::Block(b) => {
+                block::collect(self, b, q, v, h);
                 Ok(())
             }
-            Structure::Dense => {
-                let h = MatMut::new(h, v.rows, q.len());
-                self.gemm(T::ONE, v, self.b.columns(q.start, q.len()), Onto::NOTHING, h)
-            }
+            B::Whole(b) => whole::collect(self, b, q, v, h),
         }
     }
 
     /// v += s·z·B_Qᵀ, where v has rows of D elements.
     pub(super) fn spread(&self, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) -> Result<()> {
-        match self.structure {
-            Structure::Block => {
-                block::spread(self, q, z, v);
+        match self.b {
+            B::Block(b) => {
+                block::spread(self, b, q, z, v);
                 Ok(())
             }
-            Structure::Dense => {
-                let v = MatMut::new(v, z.rows, self.sizes.large());
-                self.gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), Onto::Itself(T::ONE), v)
-            }
+            B::Whole(b) => whole::spread(self, b, q, z, v),
         }
     }
 
@@ -131,14 +124,20 @@ impl<T: Float> Layer<'_, T> {
         self.lambda[rank * self.sizes.bases() + basis]
     }
 
+    /// What the elements of row q of C are products of: a row of A, a row of γ and a number of λ.
+    #[inline(always)]
+    pub(super) fn factors(&self, q: usize, columns: &Range<usize>) -> (&[T], &[T], T) {
+        let (basis, rank) = self.basis_and_rank(q);
+        (self.a_row(rank, columns), self.gamma_row(basis, columns), self.lambda_at(basis, rank))
+    }
+
     /// Writes C[rows, columns], row after row.
     pub(super) fn fill_c(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [T]) {
         let width = columns.len();
         parallel::rows(out, width, width, &|first, out| {
             for (q, out) in (rows.start + first..).zip(out.chunks_mut(width)) {
-                let (basis, rank) = self.basis_and_rank(q);
-                let (a, gamma) = (self.a_row(rank, &columns), self.gamma_row(basis, &columns));
-                vectorize(FillC { out, a, gamma, lambda: self.lambda_at(basis, rank) });
+                let (a, gamma, lambda) = self.factors(q, &columns);
+                vectorize(FillC { out, a, gamma, lambda });
             }
         });
     }

@@ -8,8 +8,11 @@
 //!
 //! The gradients are those of λ, γ, x and b. Neither ΔW nor its gradient ever exists whole: each is
 //! worked off in panels or blocks of about 4 MiB, in one of two ways that [`Plan`] chooses by
-//! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`, and what is different
-//! with block bases ([`Structure::Block`]) in `block`.
+//! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`; what is multiplied with the
+//! Bᵢ is in `whole`, for dense and for ternary bases, and in `block`, for block bases ([`Structure::Block`]).
+//!
+//! Ternary bases with few entries that are not 0 are stored by the places of these, and what is multiplied
+//! with them is added up ([`Form::Ternary`]).
 
 mod bases;
 mod block;
@@ -17,10 +20,11 @@ mod factored;
 mod layer;
 mod panel;
 mod plan;
+mod whole;
 
 use std::sync::Arc;
 
-pub use bases::{Bases, Pairing, Structure};
+pub use bases::{Bases, Form, Pairing, Structure};
 pub use plan::{Plan, Sizes, Wants, Way};
 
 use crate::compute;
@@ -33,6 +37,7 @@ use crate::ops::dropout::{DropoutKey, check_rate, mask_in_place};
 use crate::ops::linear::{frozen_backward, frozen_forward};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
+use bases::B;
 use factored::Large;
 use layer::{Diagonals, Layer, Tokens};
 
@@ -78,10 +83,10 @@ pub fn randlora_linear(
         input: x.is_tracked(),
         dropout: dropout.is_some(),
     };
-    let structure = options.bases.structure();
+    let form = options.bases.form();
     let plan = match options.ways {
-        None => Plan::new(sizes, wants, structure),
-        Some((forward, backward)) => Plan::forced(sizes, wants, structure, forward, backward),
+        None => Plan::new(sizes, wants, form),
+        Some((forward, backward)) => Plan::forced(sizes, wants, form, forward, backward),
     };
     let op = RandLora { sizes, plan, dropout, bases: options.bases.clone(), scale: options.scale };
     match bias {
@@ -188,7 +193,6 @@ impl RandLora {
         let (lambda, gamma) = (compute::contiguous(lambda)?, compute::contiguous(gamma)?);
         f(&Layer {
             sizes: self.sizes,
-            structure: self.bases.structure(),
             pairing: self.bases.pairing(),
             scale: T::from_f64(self.scale * self.bases.factor(self.sizes.bases())),
             a,
@@ -316,10 +320,10 @@ impl RandLora {
         let rows = compute::contiguous(x)?;
         let x = self.tokens(rows.elements::<T>()?, self.sizes.inputs, true);
         let (u, v) = if layer.is_wide() { (dy, x) } else { (x, dy) };
-        match layer.structure {
-            Structure::Dense => panel::pull(layer, &self.plan, host, u, v, to),
+        match layer.b {
+            B::Whole(b) => panel::pull(layer, b, &self.plan, host, u, v, to),
             // Block bases need no panel of the dense gradient, which would cost more.
-            Structure::Block => factored::backward(layer, &self.plan, host, u, Large::Tokens(v), None, to),
+            B::Block(_) => factored::backward(layer, &self.plan, host, u, Large::Tokens(v), None, to),
         }
     }
 

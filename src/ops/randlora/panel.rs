@@ -6,10 +6,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::bases::Structure;
-use super::block;
+use super::bases::{B, Whole};
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
+use super::{block, whole};
 use crate::cpu::Float;
 use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::device::{Buffer, CpuDevice};
@@ -21,7 +21,7 @@ struct Builder<'a, T: Float> {
     with_base: bool,
     /// The panel.
     w: Buffer<T>,
-    /// C_J: c×|J|; of block bases s·B∘λ for the panel's rows.
+    /// C_J: c×|J|; of block bases s·B∘λ for the panel's rows, of ternary ones nothing.
     factor: Buffer<T>,
     /// With block bases, W̃0 widened, where it is stored in a narrow type.
     widened: Buffer<T>,
@@ -35,12 +35,13 @@ impl<'a, T: Float> Builder<'a, T> {
         with_base: bool,
         (rows, columns): (usize, usize),
     ) -> Result<Self> {
-        let (factor, widened) = match layer.structure {
-            Structure::Dense => (layer.sizes.columns() * columns, 0),
-            Structure::Block if !with_base || layer.weight_in_place(0..rows, 0..columns)?.is_some() => {
+        let (factor, widened) = match layer.b {
+            B::Whole(Whole::Dense(_)) => (layer.sizes.columns() * columns, 0),
+            B::Whole(Whole::Ternary(_)) => (0, 0),
+            B::Block(_) if !with_base || layer.weight_in_place(0..rows, 0..columns)?.is_some() => {
                 (rows * layer.sizes.rank, 0)
             }
-            Structure::Block => (rows * layer.sizes.rank, rows * columns),
+            B::Block(_) => (rows * layer.sizes.rank, rows * columns),
         };
         Ok(Builder {
             layer,
@@ -51,26 +52,21 @@ impl<'a, T: Float> Builder<'a, T> {
         })
     }
 
-    /// W̃[d, j]; of dense bases d is all rows.
+    /// W̃[d, j]; but for block bases d is all rows.
     fn build(&mut self, d: Range<usize>, j: Range<usize>) -> Result<Mat<'_, T>> {
         let layer = self.layer;
         let w = &mut self.w[..d.len() * j.len()];
         // In the order of the weight in memory, so that reading it is a plain copy.
         let dims = if layer.is_wide() { (j.len(), d.len()) } else { (d.len(), j.len()) };
-        match layer.structure {
-            Structure::Dense => {
-                if self.with_base {
-                    layer.read_weight(d, j.clone(), w)?;
-                }
-                let c = layer.sizes.columns();
-                let c_j = &mut self.factor[..c * j.len()];
-                layer.fill_c(0..c, j.clone(), c_j);
-                let out = MatMut::new(w, dims.0, dims.1);
-                let out = if layer.is_wide() { out.t() } else { out };
-                let onto = Onto::Itself(if self.with_base { T::ONE } else { T::ZERO });
-                layer.gemm(layer.scale, layer.b, Mat::new(c_j, c, j.len()), onto, out)?;
+        match layer.b {
+            B::Whole(b) => {
+                let c_j = match b {
+                    Whole::Dense(b) => &mut self.factor[..b.cols * j.len()],
+                    Whole::Ternary(_) => &mut [][..],
+                };
+                whole::build(layer, b, j, self.with_base, c_j, w)?;
             }
-            Structure::Block => {
+            B::Block(b) => {
                 let left = &mut self.factor[..d.len() * layer.sizes.rank];
                 let base = match layer.weight_in_place(d.clone(), j.clone())? {
                     _ if !self.with_base => None,
@@ -81,7 +77,7 @@ impl<'a, T: Float> Builder<'a, T> {
                         Some(Mat::new(widened, dims.0, dims.1))
                     }
                 };
-                block::build(layer, d, j, base, left, w);
+                block::build(layer, b, (d, j), base, left, w);
             }
         }
         let w = Mat::new(w, dims.0, dims.1);
@@ -101,7 +97,7 @@ pub(super) fn up<T: Float>(
 ) -> Result<()> {
     let (small, large, chunk) = (layer.sizes.small(), layer.sizes.large(), chunk(plan, &u));
     // By rows no sums are needed, by columns no mask is made twice.
-    let by_rows = layer.structure == Structure::Block && u.dropout.is_none();
+    let by_rows = matches!(layer.b, B::Block(_)) && u.dropout.is_none();
     let (rows, columns) =
         if by_rows { (plan.rows.min(large), small) } else { (large, plan.panel.min(small)) };
     let mut builder = Builder::new(layer, device, base, (rows, columns))?;
@@ -142,10 +138,11 @@ pub(super) fn down<T: Float>(
     Ok(())
 }
 
-/// The gradients of the diagonals with dense bases: G_J = vᵀ·u_J in the panel's place, M_J = s·Bᵀ·G_J
+/// The gradients of the diagonals, but for block bases: G_J = vᵀ·u_J in the panel's place, M_J = s·Bᵀ·G_J
 /// in C's.
 pub(super) fn pull<T: Float>(
     layer: &Layer<'_, T>,
+    b: Whole<'_, T>,
     plan: &Plan,
     device: &Arc<CpuDevice>,
     u: Tokens<'_, T>,
@@ -169,8 +166,7 @@ pub(super) fn pull<T: Float>(
             let (u, v) = (u.part(t.clone(), j.clone(), &mut u_copy), v.part(t, 0..large, &mut v_copy));
             layer.gemm(T::ONE, v.t(), u, onto, MatMut::new(g_j, large, j.len()))?;
         }
-        let g_j = Mat::new(g_j, large, j.len());
-        layer.gemm(layer.scale, layer.b.t(), g_j, Onto::NOTHING, MatMut::new(m_j, c, j.len()))?;
+        whole::pull(layer, b, Mat::new(g_j, large, j.len()), m_j)?;
         layer.pull(0..c, j, m_j, to);
     }
     Ok(())
