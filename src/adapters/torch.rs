@@ -61,7 +61,7 @@ impl TorchBases {
     ///
     /// let draw = TorchDraw::Uniform(DType::BF16);
     /// let bases = TorchBases { key: 0, draw, rank: 4, small: 10, large: 16 }.generate(&Device::cpu())?;
-    /// assert_eq!((bases.a().dims(), bases.b().dims()), (&[4, 10][..], &[16, 3, 4][..]));
+    /// assert_eq!((bases.a().dims(), bases.b_shape().dims()), (&[4, 10][..], &[16, 3, 4][..]));
     /// assert_eq!(bases.a().to_vec::<f32>()?[..3], [-0.012939453, 0.9296875, -1.421875]);
     /// # Ok::<(), randlora::Error>(())
     /// ```

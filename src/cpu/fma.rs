@@ -10,10 +10,11 @@
 //! With AVX-512 the kernels of `gemm` are faster and this module steps aside.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
+use std::sync::Arc;
 
 use crate::cpu::gemm::{Mat, Onto, Out};
 use crate::cpu::parallel;
+use crate::device::CpuDevice;
 
 /// Rows of c that are held in registers.
 const STRIP: usize = 6;
@@ -43,12 +44,14 @@ fn suits() -> bool {
         && is_x86_feature_detected!("fma")
 }
 
-/// c ← alpha·a·b + what it is put onto, if this processor and these strides suit; whether they did.
+/// c ← alpha·a·b + what it is put onto, if this processor, these strides and the memory suit; whether
+/// they did.
 ///
 /// # Safety
 /// Every element that the strides reach must lie in its slice or matrix, the elements of c must be
 /// distinct and nobody else's, and no dimension may be 0.
 pub(super) unsafe fn product(
+    device: &Arc<CpuDevice>,
     alpha: f32,
     a: Mat<'_, f32>,
     b: Mat<'_, f32>,
@@ -60,25 +63,28 @@ pub(super) unsafe fn product(
     }
     let (m, n, k) = (c.rows, c.cols, a.cols);
     let at_once = (PACKED / k / WIDTH * WIDTH).clamp(4 * WIDTH, COLUMNS);
-    let mut packed: Vec<Line> = Vec::with_capacity(at_once.min(n).div_ceil(WIDTH) * k);
+    let lines = at_once.min(n).div_ceil(WIDTH) * k;
+    // One line more than is packed, to begin where a line of the cache does.
+    let Ok(mut memory) = device.packing::<f32>((lines + 1) * WIDTH) else { return false };
+    // SAFETY: every pattern of bits is a line.
+    let (_, aligned, _) = unsafe { memory.align_to_mut::<Line>() };
+    let Some(aligned) = aligned.get_mut(..lines) else { return false };
     for from in (0..n).step_by(at_once) {
         let width = at_once.min(n - from);
-        let lines = width.div_ceil(WIDTH) * k;
-        packed.clear();
-        parallel::chunks(&mut packed.spare_capacity_mut()[..lines], PANELS * k, &|i, panels| {
+        let packed = &mut aligned[..width.div_ceil(WIDTH) * k];
+        parallel::chunks(packed, PANELS * k, &|i, panels| {
             for (panel, to) in panels.chunks_mut(k).enumerate() {
                 let first = from + (i * PANELS + panel) * WIDTH;
                 // SAFETY: the features were found, and the columns lie within b.
                 unsafe { pack(b.columns(first, WIDTH.min(n - first)), to) }
             }
         });
-        // SAFETY: they were written above.
-        unsafe { packed.set_len(lines) };
+        let packed = &*packed;
         parallel::run(m.div_ceil(ROWS), 1, &|i| {
             let rows = ROWS.min(m - i * ROWS);
             // SAFETY: the features were found; the caller vouches for the rest, and no other call has
             // these rows of c.
-            unsafe { tile(alpha, a.rows(i * ROWS, rows), &packed, onto, c, (i * ROWS, from, width)) }
+            unsafe { tile(alpha, a.rows(i * ROWS, rows), packed, onto, c, (i * ROWS, from, width)) }
         });
     }
     true
@@ -89,18 +95,18 @@ pub(super) unsafe fn product(
 /// # Safety
 /// The processor must have AVX2.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn pack(b: Mat<'_, f32>, to: &mut [MaybeUninit<Line>]) {
+unsafe fn pack(b: Mat<'_, f32>, to: &mut [Line]) {
     if b.cols < WIDTH {
         for (i, line) in to.iter_mut().enumerate() {
             let element = |j| if j < b.cols { b.data[i * b.row + j * b.col] } else { 0.0 };
-            line.write(Line(std::array::from_fn(element)));
+            *line = Line(std::array::from_fn(element));
         }
         return;
     }
     if b.col == 1 {
         for (i, line) in to.iter_mut().enumerate() {
             let row = &b.data[i * b.row..][..WIDTH];
-            line.write(Line(std::array::from_fn(|j| row[j])));
+            *line = Line(std::array::from_fn(|j| row[j]));
         }
         return;
     }
@@ -115,7 +121,7 @@ unsafe fn pack(b: Mat<'_, f32>, to: &mut [MaybeUninit<Line>]) {
         }
     }
     for i in whole..b.rows {
-        to[i].write(Line(std::array::from_fn(|j| columns[j * b.col + i])));
+        to[i] = Line(std::array::from_fn(|j| columns[j * b.col + i]));
     }
 }
 

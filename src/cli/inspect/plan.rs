@@ -115,7 +115,7 @@ fn bases_bytes(model: &Bert) -> usize {
         let adapter: &dyn Any = layer.adapter()?;
         adapter.downcast_ref::<RandLoraAdapter>().map(RandLoraAdapter::bases)
     });
-    bases.map_or(0, |bases| bytes(bases.a()) + bytes(bases.b()))
+    bases.map_or(0, |bases| bases.bytes())
 }
 
 fn bytes(x: &Tensor) -> usize {

@@ -122,11 +122,12 @@ fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
         (again, bases) = (again.dense(read)?, bases.dense(read)?);
     }
     let kind = |bases: &Bases| (bases.rank(), bases.structure(), bases.pairing());
-    if kind(&again) != kind(&bases) || again.a().dims()[1] < small || again.b().dims()[0] < large {
+    let made = again.b_shape().dims();
+    if kind(&again) != kind(&bases) || again.a().dims()[1] < small || made[0] < large {
         return Ok(false);
     }
     let dense = bases.structure() == Structure::Dense;
-    if dense && again.b().dims()[1] < read {
+    if dense && made[1] < read {
         return Ok(false);
     }
     let read_of = |x: &Tensor, cuts: &[(usize, usize)]| {
@@ -135,7 +136,8 @@ fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
     };
     let (a, b) = ([(1, small)], [(0, large), (1, read)]);
     let b = if dense { &b[..] } else { &b[..1] };
-    Ok(read_of(bases.a(), &a)? == read_of(again.a(), &a)? && read_of(bases.b(), b)? == read_of(again.b(), b)?)
+    Ok(read_of(bases.a(), &a)? == read_of(again.a(), &a)?
+        && read_of(&bases.b()?, b)? == read_of(&again.b()?, b)?)
 }
 
 /// What a file says of its adapter.

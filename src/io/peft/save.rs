@@ -263,7 +263,7 @@ fn stored(bases: &Bases, sizes: &[[usize; 2]]) -> Result<[Tensor; 2]> {
         pad(&x, dim, size)
     };
     let bases = bases.dense(n)?;
-    let (a, b) = (bases.a().to_dtype(DType::F32)?, bases.b().to_dtype(DType::F32)?);
+    let (a, b) = (bases.a().to_dtype(DType::F32)?, bases.b()?.to_dtype(DType::F32)?);
     let b = fit(&fit(&b, 0, large)?, 1, small.div_ceil(rank))?;
     Ok([fit(&a, 1, small)?.unsqueeze(1)?, b])
 }
