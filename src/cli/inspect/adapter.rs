@@ -50,7 +50,7 @@ fn about_peft(adapter: &PeftAdapter, device: &Device) -> Result<Value, Failure> 
         json!({ "a": a.dims(), "b": b.dims(), "bytes": bytes(a) + bytes(b) })
     });
     Ok(json!({
-        "method": config.method,
+        "method": config.method(),
         "rank": config.rank,
         "scale": config.scale,
         "dropout": config.dropout,

@@ -25,9 +25,14 @@ mod attach;
 mod bases;
 mod compact;
 mod config;
+mod describe;
+mod form;
+mod kind;
+mod make;
 mod origin;
 mod pattern;
 mod save;
+mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -38,6 +43,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::json::Object;
 use crate::io::map::Access;
+use crate::io::peft::form::{Form, Side};
+use crate::io::peft::kind::Kind;
 use crate::io::safetensors::SafeTensors;
 use crate::tensor::Tensor;
 
@@ -60,7 +67,7 @@ const ORIGIN: &str = "randlora_bases";
 /// use randlora::io::PeftAdapter;
 ///
 /// let adapter = PeftAdapter::open("sst2-adapter".as_ref())?;
-/// println!("{} of rank {}", adapter.config().method, adapter.config().rank);
+/// println!("{} of rank {}", adapter.config().method(), adapter.config().rank);
 /// adapter.attach(model)?;
 /// # Ok(())
 /// # }
@@ -77,16 +84,6 @@ pub struct PeftAdapter {
     /// What the file says that the bases follow from.
     origin: Option<BasesOrigin>,
 }
-
-/// The ends of the names of an adapter's tensors.
-fn parts(method: &str) -> [&'static str; 2] {
-    match method {
-        "lora" => [".lora_A.weight", ".lora_B.weight"],
-        _ => [".randlora_lambda", ".randlora_gamma"],
-    }
-}
-
-const BASES: [&str; 2] = ["randlora_A", "randlora_B"];
 
 impl PeftAdapter {
     /// Opens a folder.
@@ -116,7 +113,7 @@ impl PeftAdapter {
             let origin = origin.and_then(|object| origin::from_json(&object).ok());
             (config, file, origin)
         };
-        let (layers, whole) = names(&file, config.method)?;
+        let (layers, whole) = names(&file, config.form())?;
         let mut adapter = PeftAdapter { config, file, compact, layers, whole, origin };
         let what = folder.join(CONFIG).display().to_string();
         adapter.config.resolve(what, &adapter.layers)?;
@@ -142,7 +139,7 @@ impl PeftAdapter {
     /// The same adapter with its bases drawn in this type where the file holds none and PEFT drew uniform numbers:
     /// bf16, as PEFT does nearly everywhere, or f16, as on machines without bf16.
     pub fn drawn_in(mut self, dtype: DType) -> PeftAdapter {
-        if let Some((_, draw @ TorchDraw::Uniform(_))) = &mut self.config.draw {
+        if let Kind::RandLora(Some((_, draw @ TorchDraw::Uniform(_)))) = &mut self.config.kind {
             *draw = TorchDraw::Uniform(dtype);
         }
         self
@@ -163,24 +160,24 @@ impl PeftAdapter {
         Error::data(self.file.what(), message)
     }
 
-    /// The trained matrices of a layer by the names that they have in its adapter, as they are stored:
-    /// `lambda` (r, n) and `gamma` (n, m), or `a` (r, in) and `b` (out, r).
+    /// The trained tensors of a layer by the names that they have in its adapter, as they are stored:
+    /// `lambda` (r, n) and `gamma` (n, m), say, or `a` (r, in) and `b` (out, r).
     ///
     /// # Errors
     /// [`Error::Data`] where the file lacks one of them.
-    pub fn layer(&self, layer: &str, device: &Device) -> Result<[(&'static str, Tensor); 2]> {
-        let names = if self.config.method == "lora" { ["a", "b"] } else { ["lambda", "gamma"] };
-        let [first, second] =
-            parts(self.config.method).map(|part| self.file.tensor(&format!("{MODEL}{layer}{part}"), device));
-        Ok([(names[0], first?), (names[1], second?)])
+    pub fn layer(&self, layer: &str, device: &Device) -> Result<Vec<(&'static str, Tensor)>> {
+        let parts = self.config.form().parts.iter();
+        parts
+            .map(|part| Ok((part.name, self.file.tensor(&format!("{MODEL}{layer}{}", part.suffix), device)?)))
+            .collect()
     }
 }
 
 /// The adapted layers of a file, and its other parameters by the model's names with their keys.
-fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<String, String>)> {
+fn names(file: &SafeTensors, form: &Form) -> Result<(Vec<String>, BTreeMap<String, String>)> {
     let (mut layers, mut whole) = (BTreeSet::new(), BTreeMap::new());
     for (key, _) in file.entries() {
-        if BASES.iter().any(|name| key.ends_with(name)) {
+        if form.shared.iter().flatten().any(|name| key.ends_with(name)) {
             continue;
         }
         let Some(name) = key.strip_prefix(MODEL) else {
@@ -190,7 +187,7 @@ fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<Stri
         if name.contains(".original_module.") || name.contains(".modules_to_save.") {
             continue;
         }
-        match parts(method).iter().find_map(|part| name.strip_suffix(part)) {
+        match form.parts.iter().find_map(|part| name.strip_suffix(part.suffix)) {
             Some(layer) => drop(layers.insert(layer.to_string())),
             None => {
                 let name = name.replace(".base_layer.", ".");
@@ -202,25 +199,25 @@ fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<Stri
         }
     }
     if layers.is_empty() {
-        return Err(Error::data(file.what(), format!("there is no layer adapted by {method}")));
+        return Err(Error::data(file.what(), format!("there is no layer adapted by {}", form.method)));
     }
     Ok((layers.into_iter().collect(), whole))
 }
 
-/// An error unless the file has both tensors of a layer's adapter, of the rank that the configuration says,
+/// An error unless the file has all tensors of a layer's adapter, of the rank that the configuration says,
 /// and PEFT would give the layer one.
 fn check_layer(layer: &str, config: &PeftConfig, file: &SafeTensors) -> Result<()> {
-    let keys = parts(config.method).map(|part| format!("{MODEL}{layer}{part}"));
-    for (key, place) in keys.iter().zip([0, 1]) {
-        let Some(entry) = file.entry(key) else {
+    let (form, (rank, _)) = (config.form(), config.of(layer));
+    for part in form.parts {
+        let key = format!("{MODEL}{layer}{}", part.suffix);
+        let Some(entry) = file.entry(&key) else {
             let message = format!("there is no tensor `{key}`, which the layer's adapter needs");
             return Err(Error::data(file.what(), message));
         };
-        // λ (r, n) and γ (n, m), or A (r, in) and B (out, r).
-        let has_rank = config.method == "lora" || place == 0;
-        let (rank, _) = config.of(layer);
-        if entry.dims.len() != 2 || has_rank && entry.dims[place] != rank {
-            let message = format!("`{key}` is {:?}, but {CONFIG} says that `r` is {rank}", entry.dims);
+        let fits = |(&side, &size): (&Side, &usize)| side != Side::Rank || size == rank;
+        if entry.dims.len() != part.sides.len() || !part.sides.iter().zip(&entry.dims).all(fits) {
+            let message =
+                format!("`{key}` is {:?}, but {CONFIG} says that `{}` is {rank}", entry.dims, form.rank);
             return Err(Error::data(file.what(), message));
         }
     }
