@@ -1,6 +1,6 @@
-//! RandLoRA's bases out of a file, or drawn again.
+//! RandLoRA's bases and VeRA's matrices, out of a file or drawn again.
 
-use crate::adapters::{BasesOrigin, LayerInfo, TorchBases};
+use crate::adapters::{BasesOrigin, LayerInfo, TorchBases, TorchVera};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -27,10 +27,24 @@ impl PeftAdapter {
             .map(Some)
     }
 
-    /// The same error, of this file: the bases in it do not fit each other, or a layer.
+    /// VeRA's A (r, at least in) and B (at least out, r) in f32, out of the file or drawn again.
+    pub(super) fn vera_matrices(&self, layers: &[LayerInfo], device: &Device) -> Result<[Tensor; 2]> {
+        if let Some(matrices) = self.shared(device)? {
+            return Ok(matrices);
+        }
+        let Kind::Vera { key, .. } = self.config.kind else {
+            return Err(self.error("nothing says what the matrices follow from"));
+        };
+        let largest = |size: fn(&LayerInfo) -> usize| layers.iter().map(size).max().unwrap_or(0);
+        let (inputs, outputs) = (largest(|layer| layer.inputs), largest(|layer| layer.outputs));
+        TorchVera { key, rank: self.config.rank, inputs, outputs }.generate(device)
+    }
+
+    /// The same error, of this file: what is in it does not fit together, or a layer.
     pub(super) fn of_file(&self, error: Error) -> Error {
         match error {
-            Error::Shape { message, .. } => Error::data(self.file.what(), message),
+            Error::Shape { message, .. } => self.error(message),
+            Error::Config { .. } => self.error(error.to_string()),
             other => other,
         }
     }

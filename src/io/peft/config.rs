@@ -11,6 +11,7 @@ use crate::io::files::write_whole;
 use crate::io::json::Object;
 use crate::io::peft::form::Form;
 use crate::io::peft::kind::Kind;
+use crate::io::peft::masks::{self, Masks};
 use crate::io::peft::pattern;
 use crate::ops::dropout::check_rate;
 
@@ -20,7 +21,7 @@ pub enum Biases {
     /// None of them.
     #[default]
     None,
-    /// Those of the adapted layers: `lora_only`, `randlora_only` in PEFT.
+    /// Those of the adapted layers: `lora_only`, `randlora_only` or `vera_only` in PEFT.
     Adapted,
     /// All of them.
     All,
@@ -48,6 +49,8 @@ pub struct PeftConfig {
     pub biases: Biases,
     /// The method, and what it alone has.
     pub(super) kind: Kind,
+    /// The triplets that AdaLoRA has left, where it has chosen them.
+    pub(super) kept: Masks,
     /// Whether the file holds what all layers share.
     pub(super) stored: bool,
     /// All that the file says, also what is not read here.
@@ -67,6 +70,7 @@ impl PeftConfig {
             modules: vec![],
             biases: Biases::None,
             kind,
+            kept: Masks::new(),
             stored: true,
             fields: Map::new(),
         }
@@ -100,7 +104,7 @@ impl PeftConfig {
                 _ => vec![],
             },
             modules: names("modules_to_save")?,
-            biases: biases(&file)?,
+            biases: biases(&file, form)?,
             stored: file.flag("save_projection")?.unwrap_or(true),
             fields: file.fields().clone(),
             ..PeftConfig::new(kind, rank, scale, rate)
@@ -127,9 +131,14 @@ impl PeftConfig {
     /// # Errors
     /// [`Error::Data`](crate::Error::Data) for patterns that are not understood.
     pub(super) fn resolve(&mut self, what: String, layers: &[String]) -> Result<()> {
-        let form = self.form();
+        let (file, form) = (Object::of(what, self.fields.clone()), self.form());
+        if let Kind::AdaLora(_) = self.kind {
+            self.kept = masks::read(&file, layers, self.rank)?;
+            let ranks =
+                self.kept.iter().map(|(layer, kept)| (layer, kept.iter().filter(|&&kept| kept).count()));
+            self.layers = ranks.map(|(layer, rank)| (layer.clone(), (rank, self.scale))).collect();
+        }
         if let (true, Some((alpha, divisor))) = (form.patterns, form.alpha) {
-            let file = Object::of(what, self.fields.clone());
             let rslora = file.flag("use_rslora")?.unwrap_or(false);
             let alpha = file.number(alpha)?.unwrap_or(self.scale * divisor.of(self.rank, rslora));
             for (layer, (rank, alpha)) in pattern::resolve(&file, layers, (self.rank, alpha))? {
@@ -178,9 +187,13 @@ impl PeftConfig {
         if alpha as i64 as f64 == alpha { json!(alpha as i64) } else { json!(alpha) }
     }
 
-    /// Writes the configuration as it was read, but with these modules trained whole if they are others.
-    pub(super) fn rewrite(&self, path: &Path, modules: &[String]) -> Result<()> {
-        let mut fields = self.fields.clone();
+    /// Writes the configuration as it was read, but for what a training has changed: the modules that are trained
+    /// whole, and the triplets that AdaLoRA has left.
+    pub(super) fn rewrite(&self, path: &Path, now: &PeftConfig) -> Result<()> {
+        let (mut fields, modules) = (self.fields.clone(), &now.modules);
+        if !now.kept.is_empty() {
+            fields.insert("rank_pattern".into(), masks::to_json(&now.kept));
+        }
         let named = Targets::Names(self.modules.clone());
         // The module itself, or one that it lies within.
         let known = |module: &String| {
@@ -188,7 +201,7 @@ impl PeftConfig {
             ends.any(|end| named.matches(&module[..end]))
         };
         if !modules.iter().all(known) {
-            let config = PeftConfig { modules: modules.to_vec(), ..self.clone() };
+            let config = PeftConfig { modules: modules.clone(), ..self.clone() };
             fields.insert("modules_to_save".into(), config.modules_to_save());
         }
         write_json(path, &Value::Object(fields))
@@ -212,13 +225,14 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     write_whole(path, |out| writeln!(out, "{text}"))
 }
 
-fn biases(file: &Object) -> Result<Biases> {
+fn biases(file: &Object, form: &Form) -> Result<Biases> {
     match file.text("bias")? {
         None | Some("none") => Ok(Biases::None),
         Some("all") => Ok(Biases::All),
-        Some("lora_only" | "randlora_only") => Ok(Biases::Adapted),
+        Some(other) if other == form.biases => Ok(Biases::Adapted),
         Some(other) => Err(file.error(format!(
-            "`bias` is \"{other}\", which is not known here; known are none, all, lora_only and randlora_only"
+            "`bias` is \"{other}\", which is not known here; known are none, all and {}",
+            form.biases
         ))),
     }
 }

@@ -16,6 +16,8 @@ pub(super) enum Side {
     Small,
     /// RandLoRA's number of bases, ⌈small/r⌉.
     Bases,
+    /// 1.
+    One,
 }
 
 impl Side {
@@ -27,12 +29,13 @@ impl Side {
             Side::Outputs => layer.outputs,
             Side::Small => layer.small(),
             Side::Bases => layer.small().div_ceil(rank),
+            Side::One => 1,
         }
     }
 }
 
 /// A tensor of an adapted layer.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(super) struct Part {
     /// The parameter's name in the layer's adapter.
     pub(super) name: &'static str,
@@ -49,6 +52,8 @@ pub(super) enum Divisor {
     Rank,
     /// r, or √r where the configuration says `use_rslora`.
     RankOrRoot,
+    /// r + 1e-5, as in AdaLoRA, whose ranks may become 0.
+    Padded,
 }
 
 impl Divisor {
@@ -57,12 +62,13 @@ impl Divisor {
         match self {
             Divisor::RankOrRoot if rslora => (rank as f64).sqrt(),
             Divisor::Rank | Divisor::RankOrRoot => rank as f64,
+            Divisor::Padded => rank as f64 + 1e-5,
         }
     }
 }
 
 /// A method as PEFT stores it.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(super) struct Form {
     /// The method's name here.
     pub(super) method: &'static str,
@@ -109,6 +115,20 @@ pub(super) const COMMON: &[&str] = &[
 const A: Part = Part { name: "a", suffix: ".lora_A.weight", sides: &[Side::Rank, Side::Inputs] };
 const B: Part = Part { name: "b", suffix: ".lora_B.weight", sides: &[Side::Outputs, Side::Rank] };
 
+/// What LoRA and its variants have.
+const LORAS: &[&str] = &[
+    "alpha_pattern",
+    "corda_config",
+    "eva_config",
+    "init_lora_weights",
+    "loftq_config",
+    "megatron_core",
+    "qalora_group_size",
+    "rank_pattern",
+    "use_dora",
+    "use_rslora",
+];
+
 /// RandLoRA.
 pub(super) static RANDLORA: Form = Form {
     method: "randlora",
@@ -137,15 +157,86 @@ pub(super) static LORA: Form = Form {
     dropout: "lora_dropout",
     biases: "lora_only",
     patterns: true,
+    settings: LORAS,
+};
+
+/// DoRA: LoRA with `use_dora`.
+pub(super) static DORA: Form = Form {
+    method: "dora",
+    kind: "LORA",
+    parts: &[A, B, Part { name: "magnitude", suffix: ".lora_magnitude_vector", sides: &[Side::Outputs] }],
+    shared: None,
+    rank: "r",
+    alpha: Some(("lora_alpha", Divisor::RankOrRoot)),
+    dropout: "lora_dropout",
+    biases: "lora_only",
+    patterns: true,
+    settings: LORAS,
+};
+
+/// PiSSA: LoRA that starts from the weight, `init_lora_weights: "pissa"`.
+pub(super) static PISSA: Form = Form {
+    method: "pissa",
+    kind: "LORA",
+    parts: &[A, B],
+    shared: None,
+    rank: "r",
+    alpha: Some(("lora_alpha", Divisor::RankOrRoot)),
+    dropout: "lora_dropout",
+    biases: "lora_only",
+    patterns: true,
+    settings: LORAS,
+};
+
+/// VeRA, which has no scale.
+pub(super) static VERA: Form = Form {
+    method: "vera",
+    kind: "VERA",
+    parts: &[
+        Part { name: "lambda_b", suffix: ".vera_lambda_b", sides: &[Side::Outputs] },
+        Part { name: "lambda_d", suffix: ".vera_lambda_d", sides: &[Side::Rank] },
+    ],
+    shared: Some(["vera_A", "vera_B"]),
+    rank: "r",
+    alpha: None,
+    dropout: "vera_dropout",
+    biases: "vera_only",
+    patterns: false,
+    settings: &["d_initial", "init_weights", "projection_prng_key", "save_projection"],
+};
+
+/// AdaLoRA. PEFT keeps the settings of LoRA that it inherits and does not look at `r`, `use_rslora` and how LoRA
+/// starts.
+pub(super) static ADALORA: Form = Form {
+    method: "adalora",
+    kind: "ADALORA",
+    parts: &[
+        Part { name: "a", suffix: ".lora_A", sides: &[Side::Rank, Side::Inputs] },
+        Part { name: "b", suffix: ".lora_B", sides: &[Side::Outputs, Side::Rank] },
+        Part { name: "e", suffix: ".lora_E", sides: &[Side::Rank, Side::One] },
+    ],
+    shared: None,
+    rank: "init_r",
+    alpha: Some(("lora_alpha", Divisor::Padded)),
+    dropout: "lora_dropout",
+    biases: "lora_only",
+    patterns: false,
     settings: &[
-        "alpha_pattern",
+        "beta1",
+        "beta2",
         "corda_config",
+        "deltaT",
         "eva_config",
         "init_lora_weights",
-        "loftq_config",
         "megatron_core",
+        "orth_reg_weight",
         "qalora_group_size",
+        "r",
         "rank_pattern",
+        "target_r",
+        "tfinal",
+        "tinit",
+        "total_step",
         "use_rslora",
     ],
 };

@@ -4,20 +4,40 @@
 //!
 //! adapter_config.json and adapter_model.safetensors:
 //!
+//! | method, `peft_type` | tensors of a layer, after `base_model.model.<layer>` | once, after `base_model` | s |
+//! |---|---|---|---|
+//! | RandLoRA, `RANDLORA` | `.randlora_lambda` (r, n), `.randlora_gamma` (n, m) | `.randlora_A` (r, 1, MIN), `.randlora_B` (MAX, ⌈MIN/r⌉, r) | α/r |
+//! | LoRA, `LORA` | `.lora_A.weight` (r, in), `.lora_B.weight` (out, r) | | α/r; α/√r with `use_rslora` |
+//! | DoRA: LoRA with `use_dora` | LoRA's and `.lora_magnitude_vector` (out) | | as LoRA |
+//! | PiSSA: LoRA with `init_lora_weights: "pissa"` | LoRA's | | as LoRA |
+//! | VeRA, `VERA` | `.vera_lambda_b` (out), `.vera_lambda_d` (r) | `.vera_A` (r, IN), `.vera_B` (OUT, r) | 1 |
+//! | AdaLoRA, `ADALORA` | `.lora_A` (k, in), `.lora_B` (out, k), `.lora_E` (k, 1) | | α/(`init_r` + 1e-5) |
+//!
+//! and of each, where it applies,
+//!
 //! | tensor | shape |
 //! |---|---|
-//! | `base_model.model.<layer>.randlora_lambda`, `….randlora_gamma` | λ (r, n), γ (n, m) |
-//! | `base_model.randlora_A`, `base_model.randlora_B`, once for all layers | (r, 1, MIN), (MAX, ⌈MIN/r⌉, r) |
-//! | `base_model.model.<layer>.lora_A.weight`, `….lora_B.weight` | (r, in), (out, r) |
 //! | `base_model.model.<parameter>` of a module that is trained whole | its own |
 //! | `base_model.model.<layer>.base_layer.bias`, `base_model.model.<…>.bias` where biases are trained | (out) |
 //!
-//! MAX and MIN are the largest output and the largest input size of the adapted layers, put in order; a
-//! layer reads A[:, :, :m] and B[:D, :n, :]. Files from before PEFT's change #3714 hold A and B once
-//! for every layer: they are read if all are the same. Where the configuration says `save_projection: false`
-//! the file holds neither, and they are drawn as torch does ([`TorchBases`](crate::adapters::TorchBases)).
+//! PEFT has none of the other methods. Settings that are not known are kept when a folder is written again, and
+//! refused by their names where they say more than "no".
 //!
-//! What is written here says in its metadata, under `randlora_bases`, what the bases follow from.
+//! **What layers share.** OUT and IN are the largest output and the largest input size of the adapted layers, MAX and
+//! MIN the same put in order; a layer reads A[:, :, :m] and B[:D, :n, :], or A[:, :in] and B[:out]. Files from before
+//! PEFT's change #3714 hold RandLoRA's A and B once for every layer: they are read if all are the same. Where the
+//! configuration says `save_projection: false` the file holds neither, and they are drawn as torch does
+//! ([`TorchBases`](crate::adapters::TorchBases), [`TorchVera`](crate::adapters::TorchVera)). What is written here
+//! says in its metadata, under `randlora_bases`, what RandLoRA's bases follow from.
+//!
+//! **PiSSA.** The file has A and B; PEFT takes s·B₀·A₀, the principal part of the weight, out of the model whenever it
+//! loads one, by the SVD, and so does the adapter here. `pissa_niter_…` approximates that part with random numbers of
+//! the moment, in PEFT too: it is refused, as are other starts that change the model (`olora`, `corda`, `loftq`). What
+//! PEFT's `path_initial_model_for_weight_conversion` makes of them is plain LoRA.
+//!
+//! **AdaLoRA.** k is `init_r` until the ranks are chosen. Then `rank_pattern` has, under `<layer>.lora_E`, true for each
+//! of the `init_r` triplets that is left, and the file holds those alone; the scale stays. From such a file no more is
+//! taken away in training.
 //!
 //! The compact form and what bases follow from are described at [`save_compact`].
 
@@ -29,6 +49,7 @@ mod describe;
 mod form;
 mod kind;
 mod make;
+mod masks;
 mod origin;
 mod pattern;
 mod save;
@@ -51,6 +72,8 @@ use crate::tensor::Tensor;
 pub use compact::save_compact;
 pub use config::{Biases, PeftConfig};
 pub use save::{PeftTask, save_peft};
+
+pub(super) use describe::has_form;
 
 const ROOT: &str = "base_model.";
 const MODEL: &str = "base_model.model.";

@@ -9,7 +9,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::files::io_error;
 use crate::io::peft::compact::save_compact;
-use crate::io::peft::describe::describe;
+use crate::io::peft::describe::{describe, values};
 use crate::io::peft::kind::Kind;
 use crate::io::peft::shared::Shared;
 use crate::io::peft::{
@@ -34,8 +34,8 @@ pub struct PeftTask {
 /// The two files are each written whole; what was there under their names is replaced.
 ///
 /// # Errors
-/// [`Error::Config`] for a model without adapters, with adapters of several kinds or settings, or with
-/// RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
+/// [`Error::Config`] for a model without adapters, with adapters that PEFT does not have, of several kinds or
+/// settings, or with RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
 /// PEFT cannot express: attach with [`Pairing::Peft`]. [`Error::Io`] where the folder cannot be written.
 pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
     let saved = Saved::of(model)?;
@@ -58,8 +58,8 @@ pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) 
 
 impl PeftAdapter {
     /// Saves a model's adapters to a folder in the form of this one, which they come from and may have been
-    /// trained on since: what the configuration says beside is kept, RandLoRA's bases stay out of the file where
-    /// they were, and a tensor that was stored in bf16 or f16 is again, where that type holds its values.
+    /// trained on since: what the configuration says beside is kept, what layers share stays out of the file where
+    /// it was, and a tensor that was stored in bf16 or f16 is again, where that type holds its values.
     ///
     /// An adapter that was only loaded is saved bit for bit, apart from copies of the bases below the layers.
     ///
@@ -86,7 +86,7 @@ impl PeftAdapter {
         let metadata: Vec<(&str, String)> =
             self.file.metadata().iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
         write_tensors(&folder.join(TENSORS), tensors, &metadata)?;
-        self.config.rewrite(&folder.join(CONFIG), &saved.config.modules)
+        self.config.rewrite(&folder.join(CONFIG), &saved.config)
     }
 
     /// The tensor in the type that it had in the file, if that holds its values.
@@ -127,9 +127,9 @@ impl Saved {
         let (mut tensors, mut own) = (Vec::new(), BTreeSet::new());
         for (name, layer) in &layers {
             let Some(adapter) = layer.adapter() else { continue };
-            for ((_, parameter), part) in adapter.parameters().into_iter().zip(config.form().parts) {
+            for (value, part) in values(adapter)?.into_iter().zip(config.form().parts) {
                 own.insert(format!("{name}.{}.{}", config.method(), part.name));
-                tensors.push((format!("{MODEL}{name}{}", part.suffix), parameter.value().clone()));
+                tensors.push((format!("{MODEL}{name}{}", part.suffix), value));
             }
         }
         let parameters: Vec<(String, &Parameter)> =

@@ -12,6 +12,8 @@ use crate::tensor::Tensor;
 pub(super) enum Shared {
     /// RandLoRA's bases, and what they follow from.
     RandLora(Arc<Bases>, Option<BasesOrigin>),
+    /// VeRA's A and B.
+    Vera(Arc<[Tensor; 2]>),
 }
 
 impl Shared {
@@ -19,6 +21,7 @@ impl Shared {
     pub(super) fn same(first: Option<&Shared>, second: Option<&Shared>) -> bool {
         match (first, second) {
             (Some(Shared::RandLora(a, _)), Some(Shared::RandLora(b, _))) => Arc::ptr_eq(a, b),
+            (Some(Shared::Vera(a)), Some(Shared::Vera(b))) => Arc::ptr_eq(a, b),
             (None, None) => true,
             _ => false,
         }
@@ -31,6 +34,12 @@ impl Shared {
     pub(super) fn stored(&self, sizes: &[[usize; 2]]) -> Result<[Tensor; 2]> {
         match self {
             Shared::RandLora(bases, _) => stored_bases(bases, sizes),
+            Shared::Vera(matrices) => {
+                let [a, b] = &**matrices;
+                let largest = |side: usize| sizes.iter().map(|sizes| sizes[side]).max().unwrap_or(0);
+                let cut = |x: &Tensor, dim, size| x.slice(dim, 0..size)?.to_dtype(DType::F32);
+                Ok([cut(a, 1, largest(0))?, cut(b, 0, largest(1))?])
+            }
         }
     }
 }
