@@ -374,7 +374,7 @@ fn what_an_epoch_saved_is_not_replaced_by_something_older() {
 fn our_adapters_give_pefts_logits() {
     let (model, data) = (fixture("peft_training/model"), fixture("our_adapters/rows.jsonl"));
     let work = Work::empty("our-adapters");
-    for method in ["randlora", "block", "lora"] {
+    for method in ["randlora", "block", "lora", "dora", "pissa", "vera", "adalora"] {
         let (adapter, file) = (fixture(&format!("our_adapters/{method}")), work.path("logits.safetensors"));
         text(&["eval", "--model", &model, "--adapter", &adapter, "--data", &data, "--logits", &file]);
         let logits = |file: &str| common::expected(&common::tensors(Path::new(file)), "logits");

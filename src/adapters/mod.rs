@@ -64,5 +64,5 @@ pub use randlora::{RandLora, RandLoraAdapter};
 pub use recipe::by_recipe;
 pub use settings::{METHODS, Settings, by_name, default_rank};
 pub use svft::{Svft, SvftAdapter};
-pub use torch::{TorchBases, TorchDraw};
+pub use torch::{TorchBases, TorchDraw, TorchVera};
 pub use vera::{Vera, VeraAdapter};

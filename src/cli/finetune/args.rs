@@ -21,8 +21,8 @@ use crate::cli::task::Kind;
   randlora finetune --model all-MiniLM-L6-v2 --train train.jsonl --method lora --rank 8 --targets all-linear --out lora
   randlora finetune --model all-MiniLM-L6-v2 --train more.tsv --adapter sst2/best --lr 1e-4 --out sst2-more
 
-What is written to OUT: best and last (adapters with randlora.json, of RandLoRA and LoRA as PEFT reads
-them; whole models for --method full, bitfit and head), metrics.jsonl, curves.svg.")]
+What is written to OUT: best and last (adapters with randlora.json, as PEFT reads them where it has the
+method; whole models for --method full, bitfit and head), metrics.jsonl, curves.svg.")]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,

@@ -49,7 +49,7 @@ fn about_peft(adapter: &PeftAdapter, device: &Device) -> Result<Value, Failure> 
         .bases(device)?
         .map(|bases| json!({ "a": bases.a().dims(), "b": bases.b_shape().dims(), "bytes": bases.bytes() }));
     Ok(json!({
-        "method": config.method,
+        "method": config.method(),
         "rank": config.rank,
         "scale": config.scale,
         "dropout": config.dropout,
