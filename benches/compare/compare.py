@@ -141,8 +141,8 @@ def sst2(args):
     def train(*more):
         with tempfile.TemporaryDirectory() as out:
             result = ours(args, "finetune", "--model", args.model, "--train", f"{args.sst2}/train.tsv", "--eval",
-                          f"{args.sst2}/validation.tsv", "--out", out, "--force", "--method", "randlora", "--rank",
-                          STEP_RANK, "--targets", ATTENTION, "--lr", 3e-4, "--epochs", args.epochs, "--batch-size", 32,
+                          f"{args.sst2}/validation.tsv", "--out", out, "--force", "--method", "randlora", "--rank", STEP_RANK,
+                          "--scale", "peft", "--targets", ATTENTION, "--lr", 3e-4, "--epochs", args.epochs, "--batch-size", 32,
                           "--max-length", 64, "--clip", 1, "--weight-decay", 0, "--schedule", "linear", "--warmup", 0.06,
                           *more)
         return {**result, "accuracy": result["last"]["accuracy"], "best_accuracy": result["best"]["accuracy"]}
