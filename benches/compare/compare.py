@@ -140,6 +140,7 @@ def compare(args):
 
 def train(args, method, rank, rate, *more):
     adapter = ["--rank", rank, "--targets", ATTENTION] if rank else []
+    adapter += ["--scale", "peft"] if method == "randlora" else []
     with tempfile.TemporaryDirectory() as out:
         result = ours(args, "finetune", "--model", args.model, "--train", f"{args.sst2}/train.tsv", "--eval",
                       f"{args.sst2}/validation.tsv", "--out", out, "--force", "--method", method, *adapter, "--lr", rate,

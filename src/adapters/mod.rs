@@ -60,7 +60,7 @@ pub use origin::BasesOrigin;
 pub use per_layer::PerLayer;
 pub use pissa::{Pissa, PissaAdapter};
 pub use pranc::{Pranc, PrancAdapter};
-pub use randlora::{RandLora, RandLoraAdapter};
+pub use randlora::{RandLora, RandLoraAdapter, Start};
 pub use recipe::by_recipe;
 pub use settings::{METHODS, Settings, by_name, default_rank};
 pub use svft::{Svft, SvftAdapter};

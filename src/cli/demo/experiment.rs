@@ -2,14 +2,14 @@
 
 use std::time::Instant;
 
-use randlora::adapters::{self, Settings, Targets};
+use randlora::adapters::{self, Distribution, RandLora, Settings, Start, Targets};
 use randlora::data::Batches;
 use randlora::data::digits::{Digits, Split};
 use randlora::models::{Vit, VitConfig};
 use randlora::nn::{Activation, Context, Init, Module};
 use randlora::optim::{AdamW, Decay, Schedule};
 use randlora::train::{Flow, Trainer};
-use randlora::{Device, Result, Tensor, analysis};
+use randlora::{Device, Result, Structure, Tensor, analysis};
 
 /// What the images show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +38,14 @@ const THIN: &[f64] = &[1e-3, 3e-3, 1e-2, 3e-2];
 
 /// r = 8 for RandLoRA and r = 3 for LoRA train exactly as many numbers in these layers. Each grid of the
 /// four that are shown by default reaches beyond the best value on both sides.
-pub(super) const METHODS: [Method; 16] = [
+pub(super) const METHODS: [Method; 19] = [
     Method { name: "probe", rank: 0, scale: None, learning_rates: &[1.0, 3.0, 10.0] },
     Method { name: "lora", rank: 3, scale: Some(2.0), learning_rates: &[3e-3, 1e-2, 3e-2] },
     Method { name: "randlora", rank: 8, scale: None, learning_rates: &[1e-3, 3e-3, 1e-2] },
     Method { name: "full", rank: 0, scale: None, learning_rates: &[3e-3, 1e-2, 3e-2] },
+    Method { name: "randlora-block", rank: 8, scale: None, learning_rates: THIN },
+    Method { name: "randlora-sparse", rank: 8, scale: None, learning_rates: THIN },
+    Method { name: "randlora-peft", rank: 8, scale: Some(RandLora::PEFT_SCALE), learning_rates: THIN },
     Method { name: "rslora", rank: 3, scale: None, learning_rates: THIN },
     Method { name: "dora", rank: 3, scale: Some(2.0), learning_rates: THIN },
     Method { name: "pissa", rank: 3, scale: Some(1.0), learning_rates: THIN },
@@ -229,7 +232,10 @@ impl Experiment {
             steps: Some(self.steps() as usize),
             ..Settings::default()
         };
-        let adapter = adapters::by_name(method.name, &settings)?;
+        let adapter = match method.name.strip_prefix("randlora") {
+            Some(variant) => Box::new(randlora(variant, method, seed)),
+            None => adapters::by_name(method.name, &settings)?,
+        };
         let targets = Targets::names(&[
             "query",
             "key",
@@ -289,6 +295,20 @@ impl Experiment {
         }
         let range = ranks.iter().min().zip(ranks.iter().max()).map(|(&low, &high)| (low, high));
         Ok(range.filter(|&(_, high)| high > 0))
+    }
+}
+
+/// RandLoRA with its usual bases and start, or as what its name goes on with says.
+fn randlora(variant: &str, method: &Method, seed: u64) -> RandLora {
+    let (rank, default) = (method.rank, RandLora::default());
+    RandLora {
+        rank,
+        seed,
+        scale: method.scale.unwrap_or(RandLora::balanced_scale(rank)),
+        start: if variant == "-peft" { Start::Peft } else { default.start },
+        distribution: if variant == "-sparse" { Distribution::SPARSE } else { default.distribution },
+        structure: if variant == "-block" { Structure::Block } else { default.structure },
+        ..default
     }
 }
 
