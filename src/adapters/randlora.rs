@@ -194,6 +194,11 @@ impl RandLoraAdapter {
         &self.bases
     }
 
+    /// Another copy of the same bases.
+    pub(super) fn set_bases(&mut self, bases: Arc<Bases>) {
+        self.bases = bases;
+    }
+
     /// s.
     pub fn scale(&self) -> f64 {
         self.scale
