@@ -22,6 +22,7 @@ mod plot;
 mod precision;
 mod predict;
 mod progress;
+mod several;
 mod table;
 mod targets;
 mod task;

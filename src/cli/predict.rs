@@ -7,8 +7,9 @@ use randlora::Result;
 use serde_json::{Value, json};
 
 use super::Failure;
-use super::model::{Classifier, ModelArgs};
+use super::model::{Classifier, InUse, ModelArgs};
 use super::output::say;
+use super::several::MixArgs;
 use super::table::wrong_at;
 use super::task::{Task, largest};
 
@@ -17,10 +18,16 @@ use super::task::{Task, largest};
 #[command(after_help = "Examples:
   randlora predict --model all-MiniLM-L6-v2 --adapter sst2/best 'a gripping film' 'two lost hours'
   randlora predict --model all-MiniLM-L6-v2 --adapter sst2/best --json < texts.txt
-  randlora predict --model all-MiniLM-L6-v2 --adapter stsb/best --pair 'A man sings.' 'Someone sings.'")]
+  randlora predict --model all-MiniLM-L6-v2 --adapter stsb/best --pair 'A man sings.' 'Someone sings.'
+  randlora predict --model all-MiniLM-L6-v2 --adapter mood=sst2/best --adapter topic=news/best --json < texts.txt
+
+Of several adapters each has a line for each text, which begins with its name; with `--weights` they are one
+weighted sum.")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    mix: MixArgs,
     /// The texts; without any, the lines of standard input.
     texts: Vec<String>,
     /// Texts come in pairs: two arguments, or two parts of a line with a tab between them.
@@ -45,14 +52,14 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 const LINES: usize = 64;
 
 fn predict(args: &Args) -> Result<()> {
-    let classifier = Classifier::open(&args.model, &args.model.precision.device())?;
+    let mut classifier = Classifier::open(&args.model, &args.mix, &args.model.precision.device())?;
     if !args.texts.is_empty() {
         let texts: Vec<Vec<&str>> = args
             .texts
             .chunks(1 + args.pair as usize)
             .map(|t| t.iter().map(String::as_str).collect())
             .collect();
-        return answer(args, &classifier, &texts);
+        return answers(args, &mut classifier, &texts);
     }
     if io::stdin().is_terminal() {
         eprintln!("reading texts from standard input, one a line");
@@ -80,22 +87,32 @@ fn predict(args: &Args) -> Result<()> {
                 (true, None) => return Err(wrong_at(path, first + i, "there is no tab between two texts")),
             });
         }
-        answer(args, &classifier, &texts)?;
+        answers(args, &mut classifier, &texts)?;
         first += some.len();
     }
 }
 
-fn answer(args: &Args, classifier: &Classifier, texts: &[Vec<&str>]) -> Result<()> {
+/// Prints what is said of each text, with every adapter in turn.
+fn answers(args: &Args, classifier: &mut Classifier, texts: &[Vec<&str>]) -> Result<()> {
+    let lines = (0..classifier.count()).map(|place| lines(args, &classifier.turn_to(place)?, texts));
+    let lines = lines.collect::<Result<Vec<_>>>()?;
+    (0..texts.len()).try_for_each(|i| lines.iter().try_for_each(|lines| say(&lines[i])))
+}
+
+/// A line for each text.
+fn lines(args: &Args, classifier: &InUse<'_>, texts: &[Vec<&str>]) -> Result<Vec<String>> {
     let encode = |text: &Vec<&str>| classifier.encoder.text(text[0], text.get(1).copied());
     let tokens = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-    let logits = classifier.logits(&tokens)?;
-    for (text, row) in texts.iter().zip(logits.chunks(classifier.about.task.outputs())) {
-        match args.json {
-            true => say(said(&classifier.about.task, text, row))?,
-            false => say(format_args!("{}\t{}", short(&classifier.about.task, row), text.join("\t")))?,
+    let (logits, task) = (classifier.logits(&tokens)?, &classifier.about.task);
+    let line = |(text, row): (&Vec<&str>, &[f32])| match (args.json, classifier.name) {
+        (true, Some(name)) => merge(json!({ "adapter": name }), said(task, text, row)).to_string(),
+        (true, None) => said(task, text, row).to_string(),
+        (false, name) => {
+            let name = name.map_or(String::new(), |name| format!("{name}\t"));
+            format!("{name}{}\t{}", short(task, row), text.join("\t"))
         }
-    }
-    Ok(())
+    };
+    Ok(texts.iter().zip(logits.chunks(task.outputs())).map(line).collect())
 }
 
 /// Probabilities that sum to 1.
