@@ -25,6 +25,7 @@ mod attach;
 mod bases;
 mod compact;
 mod config;
+mod expression;
 mod origin;
 mod pattern;
 mod save;
