@@ -7,13 +7,15 @@ mod cli;
 #[allow(dead_code)] // Each test file uses a part of them.
 mod common;
 
+use std::io::Write;
 use std::path::Path;
+use std::process::Stdio;
 
-use cli::{Work, arguments, failure, fixture, object, randlora, refs, text};
+use cli::{Work, arguments, command, failure, fixture, object, randlora, refs, text};
 use common::{distance, expected, largest, tensors};
 use randlora::io::save_safetensors;
 use randlora::{DType, Device, Tensor};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const NAMES: [&str; 3] = ["lora", "randlora", "block"];
 
@@ -134,6 +136,74 @@ fn predictions_of_several() {
     // A sum has one answer.
     let sum = several(&["--weights", "0.5,0.5", "--head", "sum", "--json"]);
     assert!(sum.len() == 2 && !sum[0].contains("adapter"), "{sum:?}");
+}
+
+/// One base, and each line is for the adapter that it names.
+#[test]
+fn lines_choose_their_adapter() {
+    let work = Work::empty("several-lines");
+    let model = work.with_tokenizer("model", &model());
+    let run = |names: &[&str], more: &[&str], lines: &str| {
+        let adapters = adapters(names);
+        let args =
+            [&["predict", "--model", &model, "--json", "--jsonl"][..], &refs(&adapters), more].concat();
+        let mut child = command(&args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command runs");
+        child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("it reads");
+        let output = child.wait_with_output().expect("it ends");
+        let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+        (text(output.stdout), text(output.stderr))
+    };
+    let line = |name: &str, text: &str| json!({ "adapter": name, "text": text });
+    // More than are worked on together, in turn.
+    let asked: Vec<Value> =
+        (0..100).map(|i| line(["lora", "block"][i % 2], &format!("w{} good", 12 + i % 30))).collect();
+    let lines: String = asked.iter().map(|line| format!("{line}\n")).collect();
+    let (said, error) = run(&["lora", "block"], &[], &lines);
+    assert_eq!(error, "");
+    let found: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(found.len(), asked.len());
+    let alone = |name: &str| -> Vec<Value> {
+        let (said, _) = run(&[name], &[], &lines.replace(["lora", "block"][(name == "lora") as usize], name));
+        said.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    };
+    let (lora, block) = (alone("lora"), alone("block"));
+    for (i, (asked, found)) in asked.iter().zip(&found).enumerate() {
+        let want = [&lora, &block][i % 2];
+        assert_eq!((&found["adapter"], &found["text"]), (&asked["adapter"], &asked["text"]));
+        assert_eq!(found["label"], want[i]["label"]);
+        // Another batch is another order of sums.
+        let yes = |value: &Value| value["probabilities"]["yes"].as_f64().expect("a number");
+        assert!((yes(found) - yes(&want[i])).abs() < 1e-6);
+    }
+    assert!(lora.iter().zip(&block).any(|(a, b)| a["probabilities"] != b["probabilities"]));
+
+    // Who is not named answers too where nobody is.
+    let (said, _) = run(&["lora", "block"], &[], "{\"text\": \"w12\", \"pair\": \"w13\"}\n");
+    assert!(said.lines().count() == 2 && said.contains("\"pair\":\"w13\""), "{said}");
+    for (lines, more, part) in [
+        (
+            "{\"text\": \"w12\"}\n{\"adapter\": \"dora\", \"text\": \"w12\"}",
+            &[][..],
+            "line 2: there is no adapter `dora`; there are: lora, block",
+        ),
+        ("w12", &[], "line 1: no valid JSON"),
+        ("{}", &[], "line 1: there is no `text`"),
+        ("[\"w12\"]", &[], "line 1: there is no `text`"),
+        ("{\"text\": 5}", &[], "line 1: `text` is no text"),
+        (
+            "{\"adapter\": \"lora\", \"text\": \"w12\"}",
+            &["--weights", "0.5,0.5", "--head", "sum"],
+            "there is no adapter `lora`",
+        ),
+    ] {
+        let (said, error) = run(&["lora", "block"], more, lines);
+        assert!(said.is_empty() && error.contains(part), "{error}");
+    }
 }
 
 /// The LoRA of the fixtures with a classifier of three outputs.

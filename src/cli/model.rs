@@ -169,6 +169,11 @@ impl Classifier {
         self.uses.len()
     }
 
+    /// The adapters' names in that order; none of a sum.
+    pub(crate) fn names(&self) -> Vec<&str> {
+        self.uses.iter().filter_map(|(one, _)| one.adapter()).collect()
+    }
+
     /// The model in one of these ways.
     ///
     /// # Errors

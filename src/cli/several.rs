@@ -173,6 +173,14 @@ pub(crate) fn note_models(opened: &Opened) {
 }
 
 impl Use {
+    /// The adapter, if it is one as it is.
+    pub(crate) fn adapter(&self) -> Option<&str> {
+        match &self.parts[..] {
+            [(name, 1.0)] => Some(name),
+            _ => None,
+        }
+    }
+
     /// Makes these adapters the model's active ones, which have to give it all that its folder lacks.
     ///
     /// # Errors
