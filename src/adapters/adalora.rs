@@ -321,11 +321,10 @@ impl LinearAdapter for AdaLoraAdapter {
         "adalora"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let low = ctx.dropout(x, self.settings.dropout)?.linear(&self.a.tensor(ctx), None)?;
         let values = self.e.tensor(ctx).squeeze(1)?;
-        let update = low.mul(&values)?.linear(&self.b.tensor(ctx), None)?.scale(self.settings.scale)?;
-        x.linear(weight, bias)?.add(&update)
+        low.mul(&values)?.linear(&self.b.tensor(ctx), None)?.scale(self.settings.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

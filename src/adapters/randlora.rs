@@ -286,6 +286,11 @@ impl RandLoraAdapter {
         &self.bases
     }
 
+    /// Another copy of the same bases.
+    pub(super) fn set_bases(&mut self, bases: Arc<Bases>) {
+        self.bases = bases;
+    }
+
     /// s.
     pub fn scale(&self) -> f64 {
         self.scale
@@ -312,6 +317,13 @@ impl LinearAdapter for RandLoraAdapter {
         randlora_linear(x, weight, bias, &self.lambda.tensor(ctx), &self.gamma.tensor(ctx), &options)
     }
 
+    /// The layer of a weight of 0: one product of the panels that hold ΔW alone.
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
+        let (dtype, device) = (self.lambda.value().dtype(), self.lambda.value().device());
+        let zero = Tensor::scalar(0.0, dtype, device)?.broadcast_to([self.outputs, self.inputs])?;
+        self.forward(x, &zero, None, ctx)
+    }
+
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {
         vec![("lambda", &self.lambda), ("gamma", &self.gamma)]
     }
@@ -326,7 +338,6 @@ impl LinearAdapter for RandLoraAdapter {
         let mut identity = vec![0.0; self.inputs * self.inputs];
         identity.iter_mut().step_by(self.inputs + 1).for_each(|one| *one = 1.0);
         let identity = Tensor::from_vec(identity, [self.inputs, self.inputs], device)?.to_dtype(dtype)?;
-        let zero = Tensor::scalar(0.0, dtype, device)?.broadcast_to([self.outputs, self.inputs])?;
-        self.forward(&identity, &zero, None, &Context::eval())?.t()
+        self.update(&identity, &identity, &Context::eval())?.t()
     }
 }

@@ -121,11 +121,10 @@ impl LinearAdapter for VeraAdapter {
         "vera"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let low =
             ctx.dropout(x, self.settings.dropout)?.linear(&self.a, None)?.mul(&self.lambda_d.tensor(ctx))?;
-        let update = low.linear(&self.b, None)?.mul(&self.lambda_b.tensor(ctx))?;
-        x.linear(weight, bias)?.add(&update)
+        low.linear(&self.b, None)?.mul(&self.lambda_b.tensor(ctx))
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

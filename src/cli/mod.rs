@@ -23,6 +23,7 @@ mod plot;
 mod precision;
 mod predict;
 mod progress;
+mod several;
 mod study;
 mod table;
 mod targets;

@@ -145,7 +145,7 @@ impl Args {
     /// The highest learning rate for the method of this name. An adapter that training goes on from may have any
     /// scale: RandLoRA's is then the lower one.
     pub(crate) fn learning_rate(&self, method: &str) -> f64 {
-        let scale = if self.model.adapter.is_some() { Scale::Peft } else { self.scale() };
+        let scale = if self.model.adapter.is_empty() { self.scale() } else { Scale::Peft };
         self.lr.unwrap_or(MethodName::learning_rate(method, scale))
     }
 }

@@ -46,6 +46,7 @@ mod bases;
 mod compact;
 mod config;
 mod describe;
+mod expression;
 mod form;
 mod kind;
 mod make;
