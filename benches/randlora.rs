@@ -163,7 +163,7 @@ fn tokens() {
         "{:>10} {:>7} {:>8} {:>10} {:>11} {:>8} {:>12}",
         "in→out", "bases", "T", "frozen µs", "RandLoRA µs", "factor", "over 10³'s"
     );
-    for (inputs, outputs) in [(768, 768), (384, 384), (384, 1536), (1536, 384)] {
+    for (inputs, outputs) in [(384, 384), (384, 1536), (1536, 384), (768, 768)] {
         for kind in KINDS {
             let mut first = None;
             for tokens in [1_000, 3_000, 10_000, 30_000, 100_000] {

@@ -18,7 +18,8 @@
 //! | normal | Φ⁻¹((w + ½)/2³²), by AS 241 with a logarithm of basic operations only |
 //! | ternary, sparsity s | √(s/2) if w < ⌊2³²/s⌋, −√(s/2) if w ≥ 2³² − ⌊2³²/s⌋, else 0 |
 //!
-//! s = 2 is the ±1 basis, s = 6 the paper's "sparse", s = √m its "very sparse" (§6.4).
+//! s = 2 is the ±1 basis, s = 6 the paper's "sparse", s = √m its "very sparse" (§6.4). Where at most a fifth of
+//! the entries are not 0, as of very sparse bases, B is stored by their places ([`Form`](crate::Form)).
 //!
 //! In block bases a row of B is zero but for the columns of the one basis ⌊d/r⌋ mod n; the entries there
 //! are what dense bases have in their first, times √n, both rounded to f32, with the n of the largest
