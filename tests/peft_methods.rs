@@ -123,7 +123,10 @@ fn logits_and_gradients_are_pefts() {
                 if parameter.is_trainable() {
                     let got = values(gradients.get(parameter.leaf()).unwrap());
                     let want = expected(&want, &format!("grad.{}", stored(&name)));
-                    close(&format!("{case} {dtype} {name}"), &got, &want, for_gradients);
+                    // A key's bias changes nothing: its gradient is rounding.
+                    let apart = distance(&got, &want) / largest(&want).max(1e-2);
+                    println!("{case} {dtype} {name}: {apart:.1e}");
+                    assert!(apart <= for_gradients, "{case} {dtype} {name}: {apart:e}");
                     checked += 1;
                 }
             }
