@@ -33,7 +33,7 @@ fn model(work: &Work) -> String {
 fn train(work: &Work, model: &str, data: &str, out: &str, settings: &[&str]) -> Value {
     let (out, data) = (work.path(out), work.path(data));
     let fixed = ["finetune", "--model", model, "--train", &data, "--eval", &data, "--out", &out];
-    object(&[&fixed[..], &["--lr", "1e-2", "--batch-size", "8"], settings].concat())
+    object(&[&fixed[..], &["--scale", "peft", "--lr", "1e-2", "--batch-size", "8"], settings].concat())
 }
 
 /// The scores of the last adapter on a file.

@@ -1,4 +1,10 @@
-//! Means and spreads of results.
+//! Learning rates that are asked for, means and spreads of results.
+
+/// A learning rate above 0.
+pub(crate) fn rate(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|x: &f64| x.is_finite() && *x > 0.0);
+    number.ok_or("a number above 0 is needed".into())
+}
 
 /// The mean; 0 of nothing.
 pub(crate) fn mean(values: &[f64]) -> f64 {

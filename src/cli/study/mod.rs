@@ -22,6 +22,7 @@ use serde_json::Value;
 
 use super::Failure;
 use super::method::MethodName;
+use super::numbers::rate;
 use super::output::say;
 use super::targets;
 use entry::{Entry, Ranks};
@@ -98,11 +99,6 @@ pub(crate) struct Args {
     /// Train nothing: the table and the pictures of what there is.
     #[arg(long)]
     report: bool,
-}
-
-fn rate(text: &str) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|x: &f64| x.is_finite() && *x > 0.0);
-    number.ok_or("a number above 0 is needed".into())
 }
 
 /// A learning rate, and what came of its trainings.
