@@ -7,6 +7,9 @@
 //! the processor's peak. All sizes are constants, so the result has the same bits on any number of
 //! threads.
 //!
+//! Inner loops are written without closures: one that passes through a function of `core` is inlined by
+//! link-time optimisation or not at all.
+//!
 //! With AVX-512 the kernels of `gemm` are faster and this module steps aside.
 
 use std::arch::x86_64::*;
@@ -105,8 +108,13 @@ unsafe fn pack(b: Mat<'_, f32>, to: &mut [Line]) {
     }
     if b.col == 1 {
         for (i, line) in to.iter_mut().enumerate() {
-            let row = &b.data[i * b.row..][..WIDTH];
-            *line = Line(std::array::from_fn(|j| row[j]));
+            let row = b.data[i * b.row..][..WIDTH].as_ptr();
+            // SAFETY: a row of 16 elements, a line for as many.
+            unsafe {
+                let to = line.0.as_mut_ptr();
+                _mm256_store_ps(to, _mm256_loadu_ps(row));
+                _mm256_store_ps(to.add(8), _mm256_loadu_ps(row.add(8)));
+            }
         }
         return;
     }
@@ -131,21 +139,24 @@ unsafe fn pack(b: Mat<'_, f32>, to: &mut [Line]) {
 /// All of them must be there, and the processor must have AVX2.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32) {
-    // SAFETY: the caller's.
-    let r: [__m256; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * stride)) });
-    // Pairs of rows, then groups of four, then all eight.
-    let low = |i: usize| _mm256_unpacklo_ps(r[i], r[i + 1]);
-    let high = |i: usize| _mm256_unpackhi_ps(r[i], r[i + 1]);
-    let four = |i: usize| {
-        let (a, b, c, d) = (low(i), low(i + 2), high(i), high(i + 2));
-        [
-            _mm256_shuffle_ps::<0x44>(a, b),
-            _mm256_shuffle_ps::<0xee>(a, b),
-            _mm256_shuffle_ps::<0x44>(c, d),
-            _mm256_shuffle_ps::<0xee>(c, d),
-        ]
-    };
-    let (top, bottom) = (four(0), four(4));
+    let (mut top, mut bottom) = ([_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 4]);
+    for (i, four) in [(0, &mut top), (4, &mut bottom)] {
+        // SAFETY: the caller's.
+        unsafe {
+            let from = from.add(i * stride);
+            let (a, b) = (_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(stride)));
+            let (c, d) = (_mm256_loadu_ps(from.add(2 * stride)), _mm256_loadu_ps(from.add(3 * stride)));
+            // Pairs of rows, then all four, of both halves of their numbers.
+            let (low, low_cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+            let (high, high_cd) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+            *four = [
+                _mm256_shuffle_ps::<0x44>(low, low_cd),
+                _mm256_shuffle_ps::<0xee>(low, low_cd),
+                _mm256_shuffle_ps::<0x44>(high, high_cd),
+                _mm256_shuffle_ps::<0xee>(high, high_cd),
+            ];
+        }
+    }
     for i in 0..4 {
         // SAFETY: the caller's.
         unsafe {
@@ -228,24 +239,25 @@ unsafe fn strip<const R: usize>(
         }
     }
     let (alpha, keeps) = (_mm256_set1_ps(alpha), beta != 0.0);
-    for (r, sum) in sums.into_iter().enumerate() {
-        let sum = sum.map(|sum| _mm256_mul_ps(alpha, sum));
+    for (r, sum) in sums.iter().enumerate() {
+        let (low, high) = (_mm256_mul_ps(alpha, sum[0]), _mm256_mul_ps(alpha, sum[1]));
         // SAFETY: rows of c.cols elements, all 16 of them where they are read and written as vectors.
         unsafe {
             let (before, to) = (before.add(r * before_row), c.data.add(r * c.row));
             if c.cols == WIDTH {
-                for (half, sum) in [0, 8].into_iter().zip(sum) {
-                    let sum = match keeps {
-                        true => _mm256_fmadd_ps(_mm256_set1_ps(beta), _mm256_loadu_ps(before.add(half)), sum),
-                        false => sum,
-                    };
-                    _mm256_storeu_ps(to.add(half), sum);
+                let (mut low, mut high) = (low, high);
+                if keeps {
+                    let beta = _mm256_set1_ps(beta);
+                    low = _mm256_fmadd_ps(beta, _mm256_loadu_ps(before), low);
+                    high = _mm256_fmadd_ps(beta, _mm256_loadu_ps(before.add(8)), high);
                 }
+                _mm256_storeu_ps(to, low);
+                _mm256_storeu_ps(to.add(8), high);
             } else {
                 let mut row = Line([0.0; WIDTH]);
-                _mm256_store_ps(row.0.as_mut_ptr(), sum[0]);
-                _mm256_store_ps(row.0.as_mut_ptr().add(8), sum[1]);
-                for (j, sum) in row.0.into_iter().enumerate().take(c.cols) {
+                _mm256_store_ps(row.0.as_mut_ptr(), low);
+                _mm256_store_ps(row.0.as_mut_ptr().add(8), high);
+                for (j, &sum) in row.0.iter().enumerate().take(c.cols) {
                     *to.add(j) = if keeps { beta.mul_add(*before.add(j), sum) } else { sum };
                 }
             }
