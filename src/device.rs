@@ -183,7 +183,8 @@ pub struct Memory {
     pub live_bytes: usize,
     /// The most that was live at one time.
     pub peak_bytes: usize,
-    /// The most that operations held for themselves at one time, beyond their results.
+    /// The most that operations held for themselves at one time, beyond their results and without what
+    /// products pack their factors in.
     pub scratch_peak_bytes: usize,
     /// Free, but kept for the next tensor; gives way to what must be made fresh.
     pub kept_bytes: usize,
@@ -238,7 +239,12 @@ impl Pooled for u32 {
         Some(&device.u32)
     }
 }
-// Frozen weights are made once and kept: nothing to reuse.
+// Frozen weights and what stands for them are made once and kept: nothing to reuse.
+impl Pooled for u16 {
+    fn pool(_: &CpuDevice) -> Option<&Mutex<Pool<u16>>> {
+        None
+    }
+}
 impl Pooled for BF16 {
     fn pool(_: &CpuDevice) -> Option<&Mutex<Pool<BF16>>> {
         None
@@ -271,6 +277,12 @@ impl CpuDevice {
     /// A buffer that an operation uses for itself while it runs.
     pub(crate) fn scratch<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
         self.take(len, true)
+    }
+
+    /// A buffer that a product packs a factor in. No scratch of the operation that asks for the product:
+    /// kernels that are not ours pack too, out of sight.
+    pub(crate) fn packing<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
+        self.take(len, false)
     }
 
     fn take<T: Pooled>(self: &Arc<Self>, len: usize, scratch: bool) -> Result<Buffer<T>> {

@@ -240,7 +240,7 @@ pub use ops::attention::AttentionOptions;
 pub use ops::dropout::DropoutKey;
 pub use ops::index::Ids;
 pub use ops::randlora::{
-    Bases, Pairing, Plan, RandLoraOptions, Sizes, Structure, Wants, Way, randlora_linear,
+    Bases, Form, Pairing, Plan, RandLoraOptions, Sizes, Structure, Wants, Way, randlora_linear,
 };
 pub use shape::{IntoShape, Layout, MAX_RANK, Shape};
 pub use tensor::Tensor;

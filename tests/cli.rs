@@ -20,7 +20,7 @@ fn misuse_ends_with_2_and_says_so_on_standard_error() {
 
 #[test]
 fn help_and_version_are_results() {
-    for command in ["finetune", "eval", "predict", "inspect", "demo"] {
+    for command in ["finetune", "eval", "predict", "inspect", "study", "demo"] {
         let help = randlora(&[command, "--help"]);
         assert!(help.status.success() && help.stderr.is_empty());
         let example = format!("Examples:\n  randlora {command}");

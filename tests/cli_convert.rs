@@ -33,7 +33,7 @@ fn logits(folder: &Folder, model: &str, adapter: Option<&str>) -> Vec<f64> {
 
 #[test]
 fn a_merged_model_gives_the_adapters_logits() {
-    for method in ["randlora", "lora"] {
+    for method in ["randlora", "lora", "dora", "pissa", "vera", "adalora"] {
         let folder = Folder::with(&format!("merge-{method}"), &[]);
         let (model, adapter, out) =
             (fixture(MODEL), fixture(&format!("our_adapters/{method}")), path(&folder, "f32"));

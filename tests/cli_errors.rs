@@ -133,8 +133,8 @@ fn adapters() {
         ("/nowhere/adapter".into(), &["/nowhere/adapter"][..]),
         (fixture("peft_training/model"), &["peft_training/model", config]),
         (
-            adapter("vera", config, br#"{"peft_type": "VERA", "r": 4}"#),
-            &["vera/adapter_config.json: ", "VERA", "RANDLORA and LORA"],
+            adapter("loha", config, br#"{"peft_type": "LOHA", "r": 4}"#),
+            &["loha/adapter_config.json: ", "LOHA", "RANDLORA, LORA, VERA and ADALORA"],
         ),
         (adapter("list", config, b"[1]"), &["list/adapter_config.json: a JSON object is needed"]),
         (

@@ -362,9 +362,11 @@ fn evaluate_untrained(work: &Work) -> Map<String, Value> {
 fn what_an_epoch_saved_is_not_replaced_by_something_older() {
     let work = Work::new("late");
     // Two steps an epoch, with a rate that grows until numbers overflow.
-    let settings =
-        ["--warmup", "1000000", "--lr", "1e9", "--clip", "0", "--epochs", "200", "--batch-size", "48"];
-    let (step, kept) = diverged(&refs(&training(&work, "out", &settings)));
+    let settings = [
+        &["--warmup", "1000000", "--lr", "1e9", "--clip", "0", "--epochs", "200", "--batch-size", "48"][..],
+        &["--scale", "peft"],
+    ];
+    let (step, kept) = diverged(&refs(&training(&work, "out", &settings.concat())));
     assert!(step > 4 && kept == (step - 2) / 2 * 2, "{step} {kept}");
     let (_, epochs) = metrics(&work, "out");
     assert_eq!(scores(&epochs[kept as usize / 2 - 1]), evaluate(&work, "out/last"));
@@ -374,7 +376,7 @@ fn what_an_epoch_saved_is_not_replaced_by_something_older() {
 fn our_adapters_give_pefts_logits() {
     let (model, data) = (fixture("peft_training/model"), fixture("our_adapters/rows.jsonl"));
     let work = Work::empty("our-adapters");
-    for method in ["randlora", "block", "lora"] {
+    for method in ["randlora", "block", "lora", "dora", "pissa", "vera", "adalora"] {
         let (adapter, file) = (fixture(&format!("our_adapters/{method}")), work.path("logits.safetensors"));
         text(&["eval", "--model", &model, "--adapter", &adapter, "--data", &data, "--logits", &file]);
         let logits = |file: &str| common::expected(&common::tensors(Path::new(file)), "logits");

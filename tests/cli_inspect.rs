@@ -273,7 +273,7 @@ fn what_cannot_be_inspected_is_named() {
         (&["/nowhere/at-all"][..], "/nowhere/at-all: there is no such file or folder"),
         (&[&fixture("bert")], "neither a model (config.json) nor an adapter (adapter_config.json)"),
         (&[&fixture("bert.py")], "bert.py: the header"),
-        (&[&fixture("peft_adapters/refused/dora")], "adapter_config.json: `use_dora` is true"),
+        (&[&fixture("peft_adapters/refused/ia3")], "adapter_config.json: peft_type IA3"),
         (&[&fixture("peft_adapters/refused/no-lambda")], "randlora_lambda"),
         (&[adapter, "--model", "/nowhere"], "/nowhere: there is no such folder"),
         (&[model, "--model", model], "bert/bf16: this is no adapter folder"),

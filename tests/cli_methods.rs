@@ -43,14 +43,14 @@ fn every_method_is_trained_saved_and_trained_on() {
         let on = work.path(&format!("{method}-on"));
         let args = ["--adapter", &last, "--out", &on, "--epochs", "1"];
         let more = object(&refs(&arguments(&work, "finetune", &args)));
-        assert_eq!(
-            (&more["method"], &more["trained_parameters"]),
-            (&found["method"], &found["trained_parameters"])
-        );
+        // Of AdaLoRA's adapter the triplets are left that it has not taken away.
+        let (at_first, left) = (&found["trained_parameters"], &more["trained_parameters"]);
+        let shrunk = method == "adalora" && left.as_u64() < at_first.as_u64();
+        assert!(more["method"] == found["method"] && (shrunk || left == at_first), "{method}: {left}");
 
         let shown = object(&["inspect", &last]);
         assert_eq!((&shown["kind"], &shown["method"]), (&json!("adapter"), &json!(name)));
-        assert_eq!(shown["trained_parameters"], found["trained_parameters"], "{method}");
+        assert_eq!(&shown["trained_parameters"], left, "{method}");
         let sizes = object(&["inspect", &last, "--model", &model]);
         let layer = &sizes["layers"][0];
         assert_eq!(layer["delta"].is_null(), method == "hydralora", "{method}: {layer}");

@@ -32,17 +32,29 @@ fn field(lines: &[Value], name: &str) -> Vec<f64> {
 #[test]
 fn alpha_and_scale_and_their_defaults() {
     let work = Work::new("alpha");
-    for (method, default) in [("randlora", "20"), ("lora", "2")] {
+    for (method, alpha) in [("randlora", 3), ("lora", 8)] {
         let with =
             |settings: &[&str]| adapter(&work, &[&["--method", method, "--rank", "4"], settings].concat());
         let plain = with(&[]);
-        assert!(with(&["--scale", default]) == plain, "{method}");
+        assert!(with(&["--scale", "auto"]) == plain, "{method}");
         let config: Value = serde_json::from_slice(&work.read("out/last/adapter_config.json")).expect("JSON");
-        let alpha = &config[format!("{method}_alpha")];
-        assert_eq!(alpha.as_f64(), Some(4.0 * default.parse::<f64>().expect("a number")), "{method}");
+        assert_eq!(config[format!("{method}_alpha")], alpha, "{method}");
         let half = with(&["--alpha", "10"]);
         assert!(half == with(&["--scale", "2.5"]) && half != plain, "{method}");
+        // A number is the scale alone: RandLoRA then starts as in PEFT.
+        let number = (f64::from(alpha) / 4.0).to_string();
+        assert_eq!(with(&["--scale", &number]) == plain, method == "lora", "{method}");
     }
+    let randlora = |scale: &str| adapter(&work, &["--rank", "4", "--scale", scale]);
+    assert!(randlora("peft") == randlora("20"));
+    // Layers of 24×24: n = 6.
+    assert!(randlora("paper") == randlora(&(2.0 / 6f64.sqrt()).to_string()));
+    let error = cli::failure(&refs(&arguments(
+        &work,
+        "finetune",
+        &["--method", "lora", "--scale", "peft", "--force"],
+    )));
+    assert!(error.contains("`peft` and `paper` are RandLoRA's: give lora a number"), "{error}");
 }
 
 #[test]

@@ -10,18 +10,8 @@ mod common;
 use std::io::Write;
 use std::process::Stdio;
 
-use cli::{Work, command, examples, fixture, object, randlora, text};
-use serde_json::{Map, Value, json};
-
-/// What the tokenizer calls this token of an example.
-fn word(id: u64) -> String {
-    match id {
-        9 => "good".into(),
-        10 => ",".into(),
-        11 => "\"".into(),
-        _ => format!("w{id}"),
-    }
-}
+use cli::{Work, command, examples, fixture, object, randlora, text, word};
+use serde_json::{Value, json};
 
 /// The text that has these tokens.
 fn sentence(example: &Value) -> String {
@@ -36,26 +26,14 @@ fn label(example: &Value) -> &str {
 
 /// The model of the fixtures with a tokenizer.
 fn model(work: &Work) -> String {
-    let model = work.copy("model", &fixture("peft_training/model"));
-    let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"].map(String::from).into_iter().zip(0..);
-    let vocab: Map<String, Value> =
-        special.chain((9..50).map(|id| (word(id), id))).map(|(word, id)| (word, json!(id))).collect();
-    let tokenizer = json!({
-        "version": "1.0",
-        "pre_tokenizer": { "type": "Whitespace" },
-        "post_processor": { "type": "BertProcessing", "cls": ["[CLS]", 2], "sep": ["[SEP]", 3] },
-        "added_tokens": [],
-        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]" },
-    });
-    work.write("model/tokenizer.json", tokenizer.to_string());
-    model
+    work.with_tokenizer("model", &fixture("peft_training/model"))
 }
 
 /// Trains on a file and evaluates on it, with these settings, and says what `finetune` found.
 fn train(work: &Work, model: &str, data: &str, out: &str, settings: &[&str]) -> Value {
     let (out, data) = (work.path(out), work.path(data));
     let fixed = ["finetune", "--model", model, "--train", &data, "--eval", &data, "--out", &out];
-    object(&[&fixed[..], &["--lr", "1e-2", "--batch-size", "8"], settings].concat())
+    object(&[&fixed[..], &["--scale", "peft", "--lr", "1e-2", "--batch-size", "8"], settings].concat())
 }
 
 /// The scores of the last adapter on a file.

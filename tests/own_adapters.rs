@@ -10,7 +10,7 @@ use common::{Folder, says};
 use randlora::adapters::{
     Atlas, BitFit, Lora, Method, Nola, PerLayer, Settings, Svft, Targets, attach, by_name, task_vector,
 };
-use randlora::io::{Adapter, OwnAdapter, PeftTask, save_adapter};
+use randlora::io::{Adapter, OwnAdapter, PeftTask, save_adapter, save_own};
 use randlora::nn::{Context, Init, Linear, Module};
 use randlora::{DType, Device, Error, Tensor};
 
@@ -66,7 +66,7 @@ fn every_method_comes_back_bit_for_bit() {
     let task = PeftTask { name: Some("SEQ_CLS".into()), base_model: Some("base".into()) };
     for name in METHODS {
         let (net_before, folder) = (trained(&*method(name)), Folder::with(&format!("own-{name}"), &[]));
-        save_adapter(&net_before, &folder.0, &task).unwrap();
+        save_own(&net_before, &folder.0, &task).unwrap();
         let adapter = OwnAdapter::open(&folder.0).unwrap();
         assert_eq!((adapter.method(), adapter.base_model()), (name, Some("base")));
         assert_eq!(adapter.layers(), ["0", "1"]);
@@ -89,7 +89,7 @@ fn every_method_comes_back_bit_for_bit() {
                 .map(|file| fs::read(folder.0.join(file)).unwrap())
         };
         let copy = Folder::with(&format!("own-{name}-again"), &[]);
-        save_adapter(&again, &copy.0, &task).unwrap();
+        save_own(&again, &copy.0, &task).unwrap();
         assert_eq!(files(&copy), files(&folder), "{name}");
     }
 }
@@ -150,6 +150,6 @@ fn what_cannot_be_made_again_is_not_saved() {
     says(&error(&trained(&BitFit)), &["none to save"]);
     let mut wide = net(1);
     wide.cast(DType::F64).unwrap();
-    attach(&mut wide, &*method("dora"), &Targets::names(&["0"]), &[]).unwrap();
+    attach(&mut wide, &*method("svft"), &Targets::names(&["0"]), &[]).unwrap();
     save_adapter(&wide, &folder.0, &PeftTask::default()).unwrap();
 }

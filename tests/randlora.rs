@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use randlora::adapters::{self, BasesSpec, Distribution, LayerInfo, Method, RandLora, Targets};
+use randlora::adapters::{self, BasesSpec, Distribution, LayerInfo, Method, RandLora, Start, Targets};
 use randlora::nn::{Context, Init, Linear, Module};
 use randlora::optim::{AdamW, Optimizer};
 use randlora::{
-    DType, Device, DropoutKey, Error, Pairing, RandLoraOptions, Sizes, Structure, Tensor, Way, analysis,
-    randlora_linear,
+    Bases, DType, Device, DropoutKey, Error, Form, Pairing, RandLoraOptions, Sizes, Structure, Tensor, Way,
+    analysis, randlora_linear,
 };
 
 const WAYS: [(Way, Way); 4] = [
@@ -22,6 +22,12 @@ fn normal(name: &str, dims: &[usize], dtype: DType) -> Tensor {
 }
 
 const STRUCTURES: [Structure; 2] = [Structure::Dense, Structure::Block];
+/// One of each form that bases are stored in.
+const KINDS: [(Distribution, Structure); 3] = [
+    (Distribution::Uniform, Structure::Dense),
+    (Distribution::Normal, Structure::Block),
+    (Distribution::Ternary { sparsity: 20.0 }, Structure::Dense),
+];
 
 fn options(
     sizes: Sizes,
@@ -37,7 +43,7 @@ fn options(
 
 /// B_i: D×r. Of block bases the rows of the basis, the others zero.
 fn basis(sizes: Sizes, options: &RandLoraOptions, i: usize) -> Tensor {
-    let b = options.bases.b().slice(0, 0..sizes.large()).unwrap();
+    let b = options.bases.b().unwrap().slice(0, 0..sizes.large()).unwrap();
     if options.bases.structure() == Structure::Dense {
         return b.select(1, i).unwrap();
     }
@@ -110,8 +116,7 @@ fn all_ways_equal_the_dense_formula_in_both_precisions() {
         let (x, w) = (normal("x", &[tokens, inputs], wide), normal("w", &[outputs, inputs], wide));
         let lambda = normal("λ", &[rank, sizes.bases()], wide);
         let gamma = normal("γ", &[sizes.bases(), sizes.small()], wide);
-        for structure in STRUCTURES {
-            let kind = (Distribution::Uniform, structure);
+        for kind in KINDS {
             let o = options(sizes, kind, wide, None);
             let want = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
                 x.linear(&w.add(&dense(sizes, &o, l, g)).unwrap(), None).unwrap()
@@ -125,11 +130,55 @@ fn all_ways_equal_the_dense_formula_in_both_precisions() {
                     });
                     for (what, (got, want)) in ["y", "dx", "dλ", "dγ"].iter().zip(got.iter().zip(&want)) {
                         let d = distance(got, want);
-                        assert!(
-                            d <= tolerance,
-                            "{what} of {sizes:?}, {structure:?}, {dtype}, {ways:?}: {d:e}"
-                        );
+                        assert!(d <= tolerance, "{what} of {sizes:?}, {kind:?}, {dtype}, {ways:?}: {d:e}");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Very sparse bases against the same numbers stored dense, which one number elsewhere keeps them from being
+/// taken for ternary: what is added up in another order is the same to rounding.
+#[test]
+fn ternary_bases_give_what_they_give_written_out() {
+    for (inputs, outputs, rank) in [(200, 260, 16), (260, 200, 16), (150, 150, 7), (130, 400, 140)] {
+        let sizes = Sizes { tokens: 150, inputs, outputs, rank };
+        let ternary = BasesSpec {
+            seed: 3,
+            distribution: Distribution::very_sparse(sizes.small()),
+            structure: Structure::Dense,
+            rank,
+            small: sizes.small() + 1,
+            large: sizes.large() + 2,
+            pairing: Pairing::Peft,
+        };
+        let ternary = ternary.generate(&Device::cpu()).unwrap();
+        let b = ternary.b().unwrap();
+        let mut numbers = b.to_vec::<f32>().unwrap();
+        *numbers.last_mut().unwrap() = 0.5;
+        let b = Tensor::from_vec(numbers, b.dims(), &Device::cpu()).unwrap();
+        let dense = Bases::new(ternary.a(), &b, Pairing::Peft).unwrap();
+        let share = 2.0 / (sizes.small() as f64).sqrt();
+        assert!(
+            matches!(ternary.form(), Form::Ternary { share: found } if (found / share - 1.0).abs() < 0.1)
+        );
+        assert_eq!(dense.form(), Form::Dense);
+        // Places of 2 bytes, by rows and by columns, and where each row's and column's begin.
+        let [places, entries] = [&ternary, &dense].map(|bases| bases.bytes() - 4 * bases.a().numel());
+        assert!(4 * places < entries, "{places} of {entries}");
+        for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+            let (x, w) = (normal("x", &[150, inputs], dtype), normal("w", &[outputs, inputs], dtype));
+            let lambda = normal("λ", &[rank, sizes.bases()], dtype);
+            let gamma = normal("γ", &[sizes.bases(), sizes.small()], dtype);
+            for ways in WAYS {
+                let of = |bases: &Bases| {
+                    let bases = Arc::new(bases.to_dtype(dtype).unwrap());
+                    let o = RandLoraOptions { bases, scale: 0.5, dropout: None, ways: Some(ways) };
+                    run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, &o).unwrap())
+                };
+                for (got, want) in of(&ternary).iter().zip(&of(&dense)) {
+                    assert!(distance(got, want) < tolerance, "{sizes:?}, {dtype}, {ways:?}");
                 }
             }
         }
@@ -147,7 +196,7 @@ fn block_bases_written_out_are_dense_bases_that_give_the_same() {
         let o = options(sizes, (Distribution::Normal, Structure::Block), DType::F64, None);
         let written = Arc::new(o.bases.dense(sizes.bases()).unwrap());
         assert_eq!((written.structure(), written.pairing()), (Structure::Dense, Pairing::Peft));
-        assert_eq!(written.b().dims(), [sizes.large(), sizes.bases(), rank]);
+        assert_eq!(written.b_shape().dims(), [sizes.large(), sizes.bases(), rank]);
         let of = |o: &RandLoraOptions| {
             run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, o).unwrap())
         };
@@ -168,8 +217,8 @@ fn dropout_over_many_chunks_equals_the_dense_formula() {
         let lambda = normal("λ", &[2, sizes.bases()], DType::F64);
         let gamma = normal("γ", &[sizes.bases(), 5], DType::F64);
         let key = DropoutKey { seed: 4, step: 5, site: 6 };
-        for structure in STRUCTURES {
-            let o = options(sizes, (Distribution::Uniform, structure), DType::F64, None);
+        for kind in KINDS {
+            let o = options(sizes, kind, DType::F64, None);
             let want = run(&x, &w, &lambda, &gamma, |[x, l, g]| {
                 let adapted = x.dropout(0.3, key).unwrap().linear(&dense(sizes, &o, l, g), None).unwrap();
                 x.linear(&w, None).unwrap().add(&adapted).unwrap()
@@ -179,7 +228,7 @@ fn dropout_over_many_chunks_equals_the_dense_formula() {
                 let got =
                     run(&x, &w, &lambda, &gamma, |[x, l, g]| randlora_linear(x, &w, None, l, g, &o).unwrap());
                 for (got, want) in got.iter().zip(&want) {
-                    assert!(distance(got, want) < 1e-12, "{sizes:?}, {structure:?}, {ways:?}");
+                    assert!(distance(got, want) < 1e-12, "{sizes:?}, {kind:?}, {ways:?}");
                 }
             }
         }
@@ -196,8 +245,8 @@ fn narrow_frozen_weights_give_what_their_widened_values_give() {
         for narrow in [DType::BF16, DType::F16] {
             let stored = normal("w", &[outputs, inputs], DType::F32).to_dtype(narrow).unwrap();
             let widened = stored.to_dtype(DType::F32).unwrap();
-            for (ways, structure) in WAYS.into_iter().flat_map(|ways| STRUCTURES.map(|s| (ways, s))) {
-                let o = options(sizes, (Distribution::Normal, structure), DType::F32, Some(ways));
+            for (ways, kind) in WAYS.into_iter().flat_map(|ways| KINDS.map(|kind| (ways, kind))) {
+                let o = options(sizes, kind, DType::F32, Some(ways));
                 let of = |w: &Tensor| {
                     run(&x, &widened, &lambda, &gamma, |[x, l, g]| {
                         randlora_linear(x, w, None, l, g, &o).unwrap()
@@ -212,10 +261,10 @@ fn narrow_frozen_weights_give_what_their_widened_values_give() {
 }
 
 /// A frozen layer with an adapter of rank 4, in f64.
-fn adapted(inputs: usize, outputs: usize, structure: Structure) -> Linear {
+fn adapted(inputs: usize, outputs: usize, structure: Structure, start: Start) -> Linear {
     let mut layer = Linear::init(&Init::seeded(2, &Device::cpu()), inputs, outputs, true).unwrap();
     layer.cast(DType::F64).unwrap();
-    let method = RandLora { rank: 4, scale: 1.0, structure, ..RandLora::default() };
+    let method = RandLora { rank: 4, scale: 1.0, structure, start, ..RandLora::default() };
     adapters::attach(&mut layer, &method, &Targets::AllLinear, &[]).unwrap();
     layer
 }
@@ -225,10 +274,14 @@ fn delta_rank(layer: &Linear) -> usize {
 }
 
 #[test]
-fn the_update_starts_at_zero_and_has_full_rank_after_two_steps() {
+fn the_update_starts_at_zero_and_has_full_rank_after_one_step_or_two() {
     let sizes = [(24, 24), (18, 31), (31, 18), (22, 22)];
-    for ((inputs, outputs), structure) in sizes.into_iter().flat_map(|s| STRUCTURES.map(|t| (s, t))) {
-        let mut layer = adapted(inputs, outputs, structure);
+    let cases = sizes.into_iter().flat_map(|s| STRUCTURES.map(|t| (s, t)));
+    // Where λ starts at 0, γ is constant in the first step, and A is what all bases share.
+    let starts = [(Start::Peft, Some(4)), (Start::LikeLora, None)];
+    let cases = cases.flat_map(|case| starts.map(|start| (case, start)));
+    for (((inputs, outputs), structure), (start, first_rank)) in cases {
+        let mut layer = adapted(inputs, outputs, structure, start);
         let x = normal("x", &[50, inputs], DType::F64);
         let goal = normal("goal", &[50, outputs], DType::F64);
         let mut optimizer = AdamW::new();
@@ -240,9 +293,10 @@ fn the_update_starts_at_zero_and_has_full_rank_after_two_steps() {
         let delta = layer.delta().unwrap().unwrap().to_vec::<f64>().unwrap();
         assert!(delta.iter().all(|&d| d == 0.0));
         step(&mut layer);
-        assert_eq!(delta_rank(&layer), 4, "{inputs}→{outputs}, {structure:?}, first step");
+        let (full, what) = (inputs.min(outputs), format!("{inputs}→{outputs}, {structure:?}, {start:?}"));
+        assert_eq!(delta_rank(&layer), first_rank.unwrap_or(full), "{what}, first step");
         step(&mut layer);
-        assert_eq!(delta_rank(&layer), inputs.min(outputs), "{inputs}→{outputs}, {structure:?}, second step");
+        assert_eq!(delta_rank(&layer), full, "{what}, second step");
     }
 }
 
@@ -292,7 +346,7 @@ fn parameter_counts_are_the_papers() {
     assert_eq!([60, 30, 15].map(|r| 32 * count(r, &llama)), [28_778_112, 56_626_112, 112_723_968]);
     // And what is attached has as many.
     for structure in STRUCTURES {
-        let layer = adapted(18, 31, structure);
+        let layer = adapted(18, 31, structure, Start::LikeLora);
         assert_eq!(layer.trainable_count(), RandLora { rank: 4, ..RandLora::default() }.trained(18, 31));
     }
 }
@@ -309,10 +363,10 @@ fn layers_of_all_sizes_share_one_pair_of_bases() {
     };
     let method = RandLora { rank: 4, ..RandLora::default() };
     let bases = method.bases(&[layer("a", 8, 40), layer("b", 30, 10), layer("c", 12, 12)]).unwrap().unwrap();
-    assert_eq!((bases.a().dims(), bases.b().dims()), (&[4, 12][..], &[40, 3, 4][..]));
+    assert_eq!((bases.a().dims(), bases.b_shape().dims()), (&[4, 12][..], &[40, 3, 4][..]));
     let block = RandLora { structure: Structure::Block, ..method };
     let layers = [layer("a", 8, 40), layer("b", 30, 10), layer("c", 12, 12)];
-    assert_eq!(block.bases(&layers).unwrap().unwrap().b().dims(), [40, 4]);
+    assert_eq!(block.bases(&layers).unwrap().unwrap().b_shape().dims(), [40, 4]);
     assert_eq!(block.adapters(&layers).unwrap().unwrap().len(), 3);
     // PEFT cannot tell two numbers of bases apart; with one it can.
     let for_peft = RandLora { pairing: Pairing::Peft, ..block };
@@ -325,7 +379,7 @@ fn layers_of_all_sizes_share_one_pair_of_bases() {
 #[test]
 fn merging_gives_the_same_outputs() {
     for structure in STRUCTURES {
-        let mut layer = adapted(12, 20, structure);
+        let mut layer = adapted(12, 20, structure, Start::LikeLora);
         for (name, parameter) in layer.adapter_mut().unwrap().parameters_mut() {
             parameter.set(normal(name, parameter.value().dims(), DType::F64)).unwrap();
         }

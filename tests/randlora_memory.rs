@@ -54,15 +54,22 @@ fn start() -> usize {
     live
 }
 
-/// One forward and backward with bases of both kinds; checks what it allocated.
+/// Each form that bases are stored in.
+const KINDS: [(Distribution, Structure); 3] = [
+    (Distribution::Uniform, Structure::Dense),
+    (Distribution::Uniform, Structure::Block),
+    (Distribution::Ternary { sparsity: 30.0 }, Structure::Dense),
+];
+
+/// One forward and backward with bases of all kinds; checks what it allocated.
 fn check(tokens: usize, inputs: usize, outputs: usize, rank: usize, ways: (Way, Way), dropout: f64) {
-    for structure in [Structure::Dense, Structure::Block] {
-        check_with(structure, tokens, (inputs, outputs), rank, ways, dropout);
+    for kind in KINDS {
+        check_with(kind, tokens, (inputs, outputs), rank, ways, dropout);
     }
 }
 
 fn check_with(
-    structure: Structure,
+    (distribution, structure): (Distribution, Structure),
     tokens: usize,
     (inputs, outputs): (usize, usize),
     rank: usize,
@@ -70,19 +77,11 @@ fn check_with(
     dropout: f64,
 ) {
     let key = DropoutKey { seed: 1, step: 2, site: 3 };
-    let what = format!("T {tokens}, {inputs}→{outputs}, {structure:?}, {ways:?}");
+    let what = format!("T {tokens}, {inputs}→{outputs}, {distribution:?}, {structure:?}, {ways:?}");
     let device = Device::cpu();
     let (small, large) = (inputs.min(outputs), inputs.max(outputs));
     let n = small.div_ceil(rank);
-    let spec = BasesSpec {
-        seed: 0,
-        distribution: Distribution::Uniform,
-        structure,
-        rank,
-        small,
-        large,
-        pairing: Pairing::Paper,
-    };
+    let spec = BasesSpec { seed: 0, distribution, structure, rank, small, large, pairing: Pairing::Paper };
     let options = RandLoraOptions {
         bases: Arc::new(spec.generate(&device).unwrap()),
         scale: 1.0,

@@ -51,9 +51,10 @@ fn program(seed: u64) -> Result<Vec<Tensor>> {
             x[0].linear(&x[1], Some(&x[2]))
         }),
         3 => {
+            let ternary = Distribution::Ternary { sparsity: 16.0 };
             let spec = BasesSpec {
                 seed,
-                distribution: Distribution::Uniform,
+                distribution: if seed % 60 < 40 { Distribution::Uniform } else { ternary },
                 structure: if seed % 40 < 20 { Structure::Dense } else { Structure::Block },
                 rank: d % 30 + 1,
                 small: b.min(c),

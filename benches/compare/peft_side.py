@@ -3,7 +3,7 @@ line of standard output. compare.py calls it; the same is measured as by `randlo
 
 usage: peft_side.py --threads N [--bf16] layers    (for each line `TOKENS IN OUT RANK` of standard input)
                                          step MODEL METHOD RANK TARGETS BATCH LENGTH STEPS
-                                         sst2 MODEL DATA RANK EPOCHS
+                                         sst2 MODEL DATA METHOD RANK RATE EPOCHS
                                          versions
 """
 import argparse
@@ -104,6 +104,8 @@ def adapted(args):
         model = get_peft_model(model, RandLoraConfig(randlora_alpha=20 * args.rank, **about))
     elif args.method == "lora":
         model = get_peft_model(model, LoraConfig(lora_alpha=2 * args.rank, **about))
+    elif args.method == "head":
+        model.bert.requires_grad_(False)
     model.train()
     return model, [p for p in model.parameters() if p.requires_grad]
 
@@ -139,11 +141,11 @@ def rows(path):
 def sst2(args):
     """What `randlora finetune` does with the settings that compare.py gives it."""
     torch.manual_seed(0)
-    args.method, args.targets = "randlora", "query,key,value"
+    args.targets = "query,key,value"
     train, validation = rows(f"{args.data}/train.tsv"), rows(f"{args.data}/validation.tsv")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model, trained = adapted(args)
-    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=args.rate, weight_decay=0.0)
     steps = args.epochs * -(-len(train) // 32)
     schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * steps), steps)
 
@@ -184,12 +186,13 @@ def main():
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--bf16", action="store_true")
     commands = parser.add_subparsers(required=True)
-    for function, arguments in [(layers, ""), (sst2, "model data rank epochs"),
+    for function, arguments in [(layers, ""), (sst2, "model data method rank rate epochs"),
                                 (step, "model method rank targets batch length steps"), (versions, "")]:
         command = commands.add_parser(function.__name__)
         command.set_defaults(function=function)
         for argument in arguments.split():
-            command.add_argument(argument, type=str if argument in ("model", "method", "targets", "data") else int)
+            words = ("model", "method", "targets", "data")
+            command.add_argument(argument, type=str if argument in words else float if argument == "rate" else int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = args.function(args)

@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::grad::Gradients;
 use crate::nn::{Context, LinearAdapter, Parameter, Recipe};
 use crate::ops::dropout::check_rate;
+use crate::ops::index::Ids;
 use crate::tensor::Tensor;
 
 /// AdaLoRA's settings. Steps are counted from 0.
@@ -202,7 +203,8 @@ pub struct AdaLoraAdapter {
     settings: AdaLora,
     importance: [Importance; 3],
     shared: Shared,
-    /// The triplets that stay to the end, once that is decided.
+    /// Which of the r₀ triplets stay to the end, once that is decided. An adapter that was read has no others
+    /// any more.
     kept: Option<Vec<bool>>,
 }
 
@@ -221,6 +223,55 @@ impl AdaLoraAdapter {
         Ok(AdaLoraAdapter { a, b, e, settings: *settings, importance, shared, kept: None })
     }
 
+    /// An adapter whose ranks are settled: of the r₀ triplets it has those alone that `kept` says, at 0 until they
+    /// get their values, and it takes none of them away. `layers` is the number of adapted layers.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where `kept` does not say it of each of the r₀.
+    pub fn settled(
+        settings: &AdaLora,
+        layer: &LayerInfo,
+        kept: Vec<bool>,
+        layers: usize,
+    ) -> Result<AdaLoraAdapter> {
+        finite_scale(settings.scale)?;
+        check_rate(settings.dropout)?;
+        if kept.len() != settings.first_rank {
+            let message = format!("{} triplets are no {}", kept.len(), settings.first_rank);
+            return Err(Error::config("kept", message));
+        }
+        let rank = kept.iter().filter(|&&kept| kept).count();
+        let zeros = |dims: [usize; 2]| Tensor::zeros(dims, layer.dtype, &layer.device).map(Parameter::new);
+        let (a, b, e) = (zeros([rank, layer.inputs])?, zeros([layer.outputs, rank])?, zeros([rank, 1])?);
+        let importance = [&a, &b, &e].map(Importance::of);
+        let shared = Shared { scores: Arc::default(), place: 0, layers };
+        Ok(AdaLoraAdapter { a, b, e, settings: *settings, importance, shared, kept: Some(kept) })
+    }
+
+    /// Which of the r₀ triplets stay to the end, once that is decided.
+    pub fn kept(&self) -> Option<&[bool]> {
+        self.kept.as_deref()
+    }
+
+    /// A, B and E without the triplets that are taken away for good: the same update.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] where there is no room.
+    pub fn left(&self) -> Result<[Tensor; 3]> {
+        let [a, b, e] = [&self.a, &self.b, &self.e].map(|parameter| parameter.value().clone());
+        let Some(kept) = self.kept.as_ref().filter(|kept| kept.len() == self.triplets()) else {
+            return Ok([a, b, e]);
+        };
+        let rows: Vec<u32> = (0..).zip(kept).filter(|(_, kept)| **kept).map(|(row, _)| row).collect();
+        let rows = Ids::new(rows.clone(), [rows.len()])?;
+        Ok([a.embedding(&rows)?, b.t()?.embedding(&rows)?.t()?.contiguous()?, e.embedding(&rows)?])
+    }
+
+    /// How many triplets there are, those that are taken away included.
+    fn triplets(&self) -> usize {
+        self.e.value().dims()[0]
+    }
+
     /// The rank that is left: the triplets whose E is not 0.
     ///
     /// # Errors
@@ -237,7 +288,7 @@ impl AdaLoraAdapter {
 
     /// The importance of each triplet.
     fn scores(&self) -> Vec<f64> {
-        let (rank, inputs) = (self.settings.first_rank, self.a.value().dims()[1].max(1));
+        let (rank, inputs) = (self.triplets(), self.a.value().dims()[1].max(1));
         let [a, b, e] = &self.importance;
         let (a, b, e) = (a.means(rank, |i| i / inputs), b.means(rank, |i| i % rank), e.means(rank, |i| i));
         a.iter().zip(b).zip(e).map(|((a, b), e)| a + b + e).collect()
@@ -255,6 +306,9 @@ impl AdaLoraAdapter {
 
     /// Sets the E of all but these triplets to 0.
     fn keep(&mut self, kept: &[bool]) -> Result<()> {
+        if kept.len() != self.triplets() {
+            return Ok(());
+        }
         let mask = kept.iter().map(|&kept| f64::from(u8::from(kept))).collect();
         let e = self.e.value();
         let mask = Tensor::from_vec::<f64>(mask, e.shape(), e.device())?.to_dtype(e.dtype())?;
@@ -267,11 +321,10 @@ impl LinearAdapter for AdaLoraAdapter {
         "adalora"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let low = ctx.dropout(x, self.settings.dropout)?.linear(&self.a.tensor(ctx), None)?;
         let values = self.e.tensor(ctx).squeeze(1)?;
-        let update = low.mul(&values)?.linear(&self.b.tensor(ctx), None)?.scale(self.settings.scale)?;
-        x.linear(weight, bias)?.add(&update)
+        low.mul(&values)?.linear(&self.b.tensor(ctx), None)?.scale(self.settings.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {
@@ -298,7 +351,7 @@ impl LinearAdapter for AdaLoraAdapter {
             return Ok(None);
         }
         let (a, b) = (self.a.tensor(ctx), self.b.tensor(ctx));
-        let rank = self.settings.first_rank;
+        let rank = self.triplets();
         let identity = (0..rank * rank).map(|i| f64::from(u8::from(i / rank == i % rank))).collect();
         let identity = Tensor::from_vec::<f64>(identity, [rank, rank], a.device())?.to_dtype(a.dtype())?;
         let far = |product: Tensor| product.sub(&identity)?.powf(2.0)?.sum_all()?.sqrt();
@@ -307,6 +360,9 @@ impl LinearAdapter for AdaLoraAdapter {
     }
 
     fn after_step(&mut self, step: usize, gradients: &Gradients) -> Result<()> {
+        if self.kept.is_some() {
+            return Ok(());
+        }
         if step < self.settings.end() {
             let betas = (self.settings.beta1, self.settings.beta2);
             for (importance, parameter) in self.importance.iter_mut().zip([&self.a, &self.b, &self.e]) {
@@ -321,13 +377,13 @@ impl LinearAdapter for AdaLoraAdapter {
     }
 
     fn settle(&mut self, step: usize) -> Result<()> {
-        if let Some(budget) = self.settings.budget(step, self.shared.layers) {
+        if let Some(kept) = self.kept.take() {
+            self.keep(&kept)?;
+            self.kept = Some(kept);
+        } else if let Some(budget) = self.settings.budget(step, self.shared.layers) {
             let best = self.best(budget);
             self.keep(&best)?;
             self.kept = (step == self.settings.end()).then_some(best);
-        } else if let Some(kept) = self.kept.take() {
-            self.keep(&kept)?;
-            self.kept = Some(kept);
         }
         Ok(())
     }

@@ -126,8 +126,8 @@ impl LinearAdapter for AtlasAdapter {
         "atlas"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
-        x.linear(weight, bias)?.add(&x.linear(&self.sum(&self.lambda.tensor(ctx))?, None)?)
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
+        x.linear(&self.sum(&self.lambda.tensor(ctx))?, None)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

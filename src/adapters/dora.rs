@@ -115,6 +115,18 @@ impl DoraAdapter {
         let update = b.matmul(&a.matmul(&a.t()?)?)?.mul(&b)?.sum(&[1], false)?.scale(s * s)?;
         magnitude.div(&self.squares.add(&mixed)?.add(&update)?.sqrt()?)
     }
+
+    /// x̃·W0ᵀ and g∘(x̃·(W0 + s·B·A)ᵀ) with x̃ the dropped x.
+    fn products(&self, x: &Tensor, weight: &Tensor, ctx: &Context) -> Result<(Tensor, Tensor)> {
+        let parts = [&self.a, &self.b, &self.magnitude].map(|parameter| parameter.tensor(ctx));
+        let gain = self.gain(&parts, weight)?;
+        let [a, b, _] = parts;
+        let dropped = ctx.dropout(x, self.settings.dropout)?;
+        let (frozen, update) =
+            (dropped.linear(weight, None)?, low_rank(&dropped, &a, &b, self.settings.scale)?);
+        let scaled = frozen.add(&update)?.mul(&gain)?;
+        Ok((frozen, scaled))
+    }
 }
 
 impl LinearAdapter for DoraAdapter {
@@ -123,13 +135,7 @@ impl LinearAdapter for DoraAdapter {
     }
 
     fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
-        let parts = [&self.a, &self.b, &self.magnitude].map(|parameter| parameter.tensor(ctx));
-        let gain = self.gain(&parts, weight)?;
-        let [a, b, _] = parts;
-        let dropped = ctx.dropout(x, self.settings.dropout)?;
-        let (frozen, update) =
-            (dropped.linear(weight, None)?, low_rank(&dropped, &a, &b, self.settings.scale)?);
-        let scaled = frozen.add(&update)?.mul(&gain)?;
+        let (frozen, scaled) = self.products(x, weight, ctx)?;
         if self.settings.dropout > 0.0 && ctx.is_training() {
             return x.linear(weight, bias)?.add(&scaled.sub(&frozen)?);
         }
@@ -137,6 +143,11 @@ impl LinearAdapter for DoraAdapter {
             Some(bias) => scaled.add(bias),
             None => Ok(scaled),
         }
+    }
+
+    fn update(&self, x: &Tensor, weight: &Tensor, ctx: &Context) -> Result<Tensor> {
+        let (frozen, scaled) = self.products(x, weight, ctx)?;
+        scaled.sub(&frozen)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -99,14 +99,14 @@ impl LinearAdapter for HydraLoraAdapter {
         "hydralora"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let b = self.b.tensor(ctx);
         let last = x.rank() - 1;
         let gates = x.linear(&self.router.tensor(ctx), None)?.softmax(last)?.unsqueeze(last + 1)?;
         let low =
             ctx.dropout(x, self.settings.dropout)?.linear(&self.a.tensor(ctx), None)?.unsqueeze(last)?;
         let each = gates.mul(&low)?.reshape(x.shape().with_dim(last, b.dims()[1])?)?;
-        x.linear(weight, bias)?.add(&each.linear(&b, None)?.scale(self.settings.scale)?)
+        each.linear(&b, None)?.scale(self.settings.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

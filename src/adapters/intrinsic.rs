@@ -87,9 +87,9 @@ impl LinearAdapter for IntrinsicAdapter {
         "intrinsic"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let delta = fastfood(&self.theta.tensor(ctx), &self.transform)?.reshape(self.shape)?;
-        x.linear(weight, bias)?.add(&x.linear(&delta, None)?)
+        x.linear(&delta, None)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

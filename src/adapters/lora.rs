@@ -105,10 +105,9 @@ impl LinearAdapter for LoraAdapter {
         "lora"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let dropped = ctx.dropout(x, self.dropout)?;
-        let update = low_rank(&dropped, &self.a.tensor(ctx), &self.b.tensor(ctx), self.scale)?;
-        x.linear(weight, bias)?.add(&update)
+        low_rank(&dropped, &self.a.tensor(ctx), &self.b.tensor(ctx), self.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -95,12 +95,12 @@ impl LinearAdapter for LoraXsAdapter {
         "lora-xs"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let low = ctx
             .dropout(x, self.settings.dropout)?
             .linear(&self.down, None)?
             .linear(&self.r.tensor(ctx), None)?;
-        x.linear(weight, bias)?.add(&low.linear(&self.up, None)?.scale(self.settings.scale)?)
+        low.linear(&self.up, None)?.scale(self.settings.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -20,8 +20,11 @@
 //! | [`Atlas`] | Σᵢ λᵢ·τᵢ, given τᵢ | their number |
 //! | [`BitFit`] | none: biases are trained | out |
 //! | [`Full`] | all is trained | in·out + out |
+//!
+//! Several on one model, active one at a time or as a weighted sum, are an [`Adapted`] model's.
 
 mod adalora;
+mod adapted;
 mod atlas;
 mod attach;
 mod bases;
@@ -40,11 +43,14 @@ mod pranc;
 mod randlora;
 mod recipe;
 mod settings;
+mod share;
 mod svft;
 mod torch;
 mod vera;
+mod weighted;
 
 pub use adalora::{AdaLora, AdaLoraAdapter};
+pub use adapted::{Adapted, Whole};
 pub use atlas::{Atlas, AtlasAdapter, TaskVector, task_vector};
 pub use attach::{Attached, LayerInfo, Method, Targets, attach, train_only};
 pub use bases::{BasesSpec, Distribution};
@@ -60,9 +66,9 @@ pub use origin::BasesOrigin;
 pub use per_layer::PerLayer;
 pub use pissa::{Pissa, PissaAdapter};
 pub use pranc::{Pranc, PrancAdapter};
-pub use randlora::{RandLora, RandLoraAdapter};
+pub use randlora::{RandLora, RandLoraAdapter, Start};
 pub use recipe::by_recipe;
 pub use settings::{METHODS, Settings, by_name, default_rank};
 pub use svft::{Svft, SvftAdapter};
-pub use torch::{TorchBases, TorchDraw};
+pub use torch::{TorchBases, TorchDraw, TorchVera};
 pub use vera::{Vera, VeraAdapter};

@@ -126,10 +126,9 @@ impl LinearAdapter for NolaAdapter {
         "nola"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let (a, b) = (self.a.sum(&self.alpha.tensor(ctx))?, self.b.sum(&self.beta.tensor(ctx))?);
-        let update = low_rank(&ctx.dropout(x, self.settings.dropout)?, &a, &b, self.settings.scale)?;
-        x.linear(weight, bias)?.add(&update)
+        low_rank(&ctx.dropout(x, self.settings.dropout)?, &a, &b, self.settings.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

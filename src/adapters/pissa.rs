@@ -107,11 +107,11 @@ impl LinearAdapter for PissaAdapter {
         "pissa"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let dropped = ctx.dropout(x, self.settings.dropout)?;
         let now = low_rank(&dropped, &self.a.tensor(ctx), &self.b.tensor(ctx), self.settings.scale)?;
         let [a, b] = &self.start;
-        x.linear(weight, bias)?.add(&now.sub(&low_rank(x, a, b, self.settings.scale)?)?)
+        now.sub(&low_rank(x, a, b, self.settings.scale)?)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

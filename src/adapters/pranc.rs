@@ -92,10 +92,8 @@ impl LinearAdapter for PrancAdapter {
         "pranc"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
-        let update =
-            ctx.dropout(x, self.settings.dropout)?.linear(&self.sum(&self.alpha.tensor(ctx))?, None)?;
-        x.linear(weight, bias)?.add(&update)
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
+        ctx.dropout(x, self.settings.dropout)?.linear(&self.sum(&self.alpha.tensor(ctx))?, None)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

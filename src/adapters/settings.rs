@@ -2,7 +2,7 @@
 
 use crate::adapters::{
     AdaLora, BitFit, Dora, Full, HydraLora, Intrinsic, Lora, LoraXs, Method, Nola, Pissa, Pranc, RandLora,
-    Svft, Vera,
+    Start, Svft, Vera,
 };
 use crate::error::{Error, Result};
 
@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 pub struct Settings {
     /// r.
     pub rank: Option<usize>,
-    /// What the update is multiplied by. The defaults are PEFT's or the paper's: 20 for RandLoRA, 2 for LoRA.
+    /// What the update is multiplied by. The defaults are PEFT's or the paper's, 2 for LoRA; RandLoRA's is
+    /// [`RandLora::balanced_scale`], with [`Start::LikeLora`]; one that is given goes with [`Start::Peft`].
     pub scale: Option<f64>,
     /// Dropout of the adapter's input.
     pub dropout: f64,
@@ -92,14 +93,10 @@ pub fn by_name(name: &str, settings: &Settings) -> Result<Box<dyn Method>> {
     let coefficients = |default| settings.coefficients.unwrap_or(default);
     Ok(match name {
         "randlora" => {
-            let default = RandLora::default();
-            Box::new(RandLora {
-                rank: rank(default.rank),
-                scale: scale(default.scale),
-                dropout,
-                seed,
-                ..default
-            })
+            let rank = rank(RandLora::default().rank);
+            let start = if settings.scale.is_some() { Start::Peft } else { Start::LikeLora };
+            let scale = scale(RandLora::balanced_scale(rank));
+            Box::new(RandLora { rank, scale, start, dropout, seed, ..RandLora::default() })
         }
         "lora" => {
             let default = Lora::default();

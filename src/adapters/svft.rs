@@ -110,9 +110,9 @@ impl LinearAdapter for SvftAdapter {
         "svft"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let mixed = self.mixed(&x.linear(&self.v, None)?, &self.m.tensor(ctx))?;
-        x.linear(weight, bias)?.add(&mixed.linear(&self.u, None)?)
+        mixed.linear(&self.u, None)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -1,4 +1,5 @@
-//! RandLoRA's bases as Hugging Face PEFT draws them with torch's generator for the CPU, to the bit.
+//! RandLoRA's bases and VeRA's matrices as Hugging Face PEFT draws them with torch's generator for the CPU, to the
+//! bit.
 //!
 //! PEFT can save an adapter without its bases (`save_projection=False`): whoever loads it draws them again from
 //! `projection_prng_key`. What that means, found by running torch 2.15 and PEFT 0.21.2
@@ -18,6 +19,8 @@
 //!
 //! The type of the uniform draw depends on the machine: bf16 where `accelerate` finds it, which is nearly
 //! everywhere, else f16. Sparse bases are f32.
+//!
+//! VeRA's A (r, in) and B (out, r) are uniform in f32 with t = √3·(√2/√fan), A first, and are divided by nothing.
 
 use crate::device::Device;
 use crate::dtype::{BF16, DType, Element, F16};
@@ -61,7 +64,7 @@ impl TorchBases {
     ///
     /// let draw = TorchDraw::Uniform(DType::BF16);
     /// let bases = TorchBases { key: 0, draw, rank: 4, small: 10, large: 16 }.generate(&Device::cpu())?;
-    /// assert_eq!((bases.a().dims(), bases.b().dims()), (&[4, 10][..], &[16, 3, 4][..]));
+    /// assert_eq!((bases.a().dims(), bases.b_shape().dims()), (&[4, 10][..], &[16, 3, 4][..]));
     /// assert_eq!(bases.a().to_vec::<f32>()?[..3], [-0.012939453, 0.9296875, -1.421875]);
     /// # Ok::<(), randlora::Error>(())
     /// ```
@@ -101,14 +104,8 @@ impl TorchBases {
     fn entry(&self, fan: usize) -> Result<Box<dyn Fn(f32) -> f32>> {
         let sparsity = match self.draw {
             TorchDraw::Uniform(_) => {
-                let round = self.rounding()?;
                 let gain = (2.0 / (1.0 + 5f64.sqrt() * 5f64.sqrt())).sqrt();
-                let bound = (3f64.sqrt() * (gain / (fan as f64).sqrt())) as f32;
-                let (width, end) = (bound + bound, round(bound));
-                return Ok(Box::new(move |u| {
-                    let entry = round(u.mul_add(width, -bound));
-                    if entry >= end { -end } else { entry }
-                }));
+                return Ok(Box::new(uniform(gain, fan, self.rounding()?)));
             }
             TorchDraw::Sparse => 3.0,
             TorchDraw::VerySparse => (self.small as f64).sqrt(),
@@ -149,6 +146,48 @@ impl TorchBases {
         }
         values.iter_mut().for_each(|v| *v = round(*v / deviation));
         Ok(())
+    }
+}
+
+/// How a uniform entry of this gain follows from u, in a matrix with rows of this length.
+fn uniform(gain: f64, fan: usize, round: fn(f32) -> f32) -> impl Fn(f32) -> f32 {
+    let bound = (3f64.sqrt() * (gain / (fan as f64).sqrt())) as f32;
+    let (width, end) = (bound + bound, round(bound));
+    move |u| {
+        let entry = round(u.mul_add(width, -bound));
+        if entry >= end { -end } else { entry }
+    }
+}
+
+/// Everything that the matrices of a VeRA adapter saved without them follow from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TorchVera {
+    /// `projection_prng_key`; a negative one in two's complement.
+    pub key: u64,
+    /// r.
+    pub rank: usize,
+    /// The largest input size of the adapted layers.
+    pub inputs: usize,
+    /// The largest output size of them.
+    pub outputs: usize,
+}
+
+impl TorchVera {
+    /// Draws A (r, inputs) and B (outputs, r), in f32.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for sizes beyond memory.
+    pub fn generate(&self, device: &Device) -> Result<[Tensor; 2]> {
+        let TorchVera { rank, inputs, outputs, .. } = *self;
+        let mut twister = Twister::new(self.key as u32);
+        let mut draw = |rows: usize, columns: usize| {
+            let shape = Shape::new(&[rows, columns])?;
+            let mut values = device.host().buffer::<f32>(shape.numel())?;
+            let entry = uniform(2f64.sqrt(), columns, |x| x);
+            values.iter_mut().for_each(|value| *value = entry(twister.unit()));
+            Ok(Tensor::from_buffer(values, shape, device))
+        };
+        Ok([draw(rank, inputs)?, draw(outputs, rank)?])
     }
 }
 

@@ -5,8 +5,11 @@
 //! layers, as in PEFT. Both are uniform with Kaiming's variance 2/fan: ±√(6/MAX in) and ±√(6/r). λ_b
 //! starts at 0, so that ΔW = 0, and λ_d at 0.1. There is no scale.
 
+use std::sync::Arc;
+
 use crate::adapters::attach::{LayerInfo, Method, Shared, at_least_rank_1, each};
 use crate::adapters::recipe::recipe;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Context, Init, LinearAdapter, Parameter, Recipe};
 use crate::ops::dropout::check_rate;
@@ -62,7 +65,11 @@ impl Method for Vera {
             Shared::new(matrix, layers)
         };
         let (a, b) = (draw("a", [self.rank, inputs])?, draw("b", [outputs, self.rank])?);
-        each(layers, |layer| VeraAdapter::new(self, layer, a.of(layer.dtype), b.of(layer.dtype)))
+        let pair = |dtype| Arc::new([a.of(dtype).clone(), b.of(dtype).clone()]);
+        let (narrow, wide) = (pair(DType::F32), pair(DType::F64));
+        each(layers, |layer| {
+            VeraAdapter::new(self, layer, if layer.dtype == DType::F64 { &wide } else { &narrow })
+        })
     }
 }
 
@@ -71,8 +78,10 @@ impl Method for Vera {
 pub struct VeraAdapter {
     lambda_b: Parameter,
     lambda_d: Parameter,
+    /// This layer's part of A and B.
     a: Tensor,
     b: Tensor,
+    shared: Arc<[Tensor; 2]>,
     settings: Vera,
 }
 
@@ -82,8 +91,8 @@ impl VeraAdapter {
     ///
     /// # Errors
     /// [`Error::Shape`] where they are too small.
-    pub fn new(settings: &Vera, layer: &LayerInfo, a: &Tensor, b: &Tensor) -> Result<VeraAdapter> {
-        let LayerInfo { dtype, device, .. } = layer;
+    pub fn new(settings: &Vera, layer: &LayerInfo, shared: &Arc<[Tensor; 2]>) -> Result<VeraAdapter> {
+        let (LayerInfo { dtype, device, .. }, [a, b]) = (layer, &**shared);
         let lambda_b = Tensor::zeros([layer.outputs], *dtype, device)?;
         let lambda_d = Tensor::full(settings.d_initial, [settings.rank], *dtype, device)?;
         Ok(VeraAdapter {
@@ -91,6 +100,7 @@ impl VeraAdapter {
             lambda_d: Parameter::new(lambda_d),
             a: a.slice(1, 0..layer.inputs)?,
             b: b.slice(0, 0..layer.outputs)?,
+            shared: shared.clone(),
             settings: *settings,
         })
     }
@@ -99,6 +109,11 @@ impl VeraAdapter {
     pub fn settings(&self) -> &Vera {
         &self.settings
     }
+
+    /// A and B, of which the layer reads a part.
+    pub fn shared(&self) -> &Arc<[Tensor; 2]> {
+        &self.shared
+    }
 }
 
 impl LinearAdapter for VeraAdapter {
@@ -106,11 +121,10 @@ impl LinearAdapter for VeraAdapter {
         "vera"
     }
 
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+    fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let low =
             ctx.dropout(x, self.settings.dropout)?.linear(&self.a, None)?.mul(&self.lambda_d.tensor(ctx))?;
-        let update = low.linear(&self.b, None)?.mul(&self.lambda_b.tensor(ctx))?;
-        x.linear(weight, bias)?.add(&update)
+        low.linear(&self.b, None)?.mul(&self.lambda_b.tensor(ctx))
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -13,8 +13,9 @@ use randlora::{DType, Device, Error, Result};
 use serde_json::json;
 
 use super::about::About;
-use super::model::{ModelArgs, adapted};
+use super::model::{ModelArgs, by_name, with_adapters};
 use super::output::{check_folder, say};
+use super::several::MixArgs;
 use super::{Failure, table::wrong};
 
 /// Work an adapter into the weights of its model: writes a model folder that transformers loads, and that costs no
@@ -23,10 +24,14 @@ use super::{Failure, table::wrong};
 #[command(after_help = "Examples:
   randlora merge --model all-MiniLM-L6-v2 --adapter sst2/best --out sst2-merged
   randlora merge --model all-MiniLM-L6-v2 --adapter sst2/best --out sst2-merged --dtype bf16
+  randlora merge --model all-MiniLM-L6-v2 --adapter a=seed1/best --adapter b=seed2/best --weights 0.5,0.5 --head sum \
+    --out both-merged
   randlora predict --model sst2-merged 'a gripping film'")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    mix: MixArgs,
     /// The folder to write to.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -66,11 +71,20 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 }
 
 fn merged(args: &Args) -> Result<()> {
-    let Some(adapter) = args.model.open_adapter()? else {
+    let opened = args.model.open_adapters()?;
+    if opened.is_empty() {
         return Err(Error::Config { what: "--adapter", message: "name the adapter's folder".into() });
+    }
+    let uses = args.mix.uses(&args.model, &opened)?;
+    let [chosen] = &uses[..] else {
+        let message = "several adapters are merged as a weighted sum: say what each counts, as in `--weights 1,1` for \
+                       all of each or `--weights 0.5,0.5` for the mean";
+        return Err(Error::Config { what: "--weights", message: message.into() });
     };
     let (checkpoint, device) = (args.model.checkpoint()?, Device::cpu());
-    let mut model = adapted(&checkpoint, Some(&adapter), &device)?;
+    let (mut adapted, fresh) = with_adapters(&checkpoint, &by_name(&opened), &device)?;
+    chosen.turn_on(&mut adapted, &fresh, &args.model.model)?;
+    let mut model = adapted.into_model();
     let before = probe(&model)?;
     model.freeze();
     let first = model.linears().first().map(|(_, layer)| layer.weight().value().dtype());
@@ -85,7 +99,7 @@ fn merged(args: &Args) -> Result<()> {
     }
     let difference = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
 
-    let about = args.model.adapter.as_deref().map(About::read).transpose()?.flatten();
+    let about = About::read(&chosen.folder)?;
     let head = match &about {
         Some(about) => Head {
             labels: about.task.labels().map_or(vec![], |labels| labels.names().to_vec()),

@@ -1,11 +1,12 @@
 //! The fine-tuning methods, as the command line names them.
 
 use std::collections::BTreeSet;
+use std::str::FromStr;
 
-use randlora::adapters::{self, Attached, Distribution, Method, RandLora};
+use randlora::adapters::{self, Attached, Distribution, Method, RandLora, Start};
 use randlora::models::Bert;
 use randlora::nn::{Linear, Module};
-use randlora::{Pairing, Result, Structure};
+use randlora::{Error, Pairing, Result, Structure};
 
 use super::targets;
 
@@ -90,6 +91,58 @@ impl BasesName {
     }
 }
 
+/// What an update is multiplied by, and for RandLoRA where λ and γ start.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) enum Scale {
+    /// The method's default.
+    #[default]
+    Auto,
+    /// RandLoRA as PEFT has it.
+    Peft,
+    /// RandLoRA as the paper's code for language models has it.
+    Paper,
+    /// This number; RandLoRA then starts as in PEFT.
+    Number(f64),
+}
+
+impl FromStr for Scale {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Scale, String> {
+        match (text, text.parse()) {
+            ("auto", _) => Ok(Scale::Auto),
+            ("peft", _) => Ok(Scale::Peft),
+            ("paper", _) => Ok(Scale::Paper),
+            (_, Ok(number)) if f64::is_finite(number) => Ok(Scale::Number(number)),
+            _ => Err("auto, peft, paper or a finite number is needed".into()),
+        }
+    }
+}
+
+impl Scale {
+    /// For RandLoRA of this rank, on a model whose layers' largest smaller side is `small`.
+    fn of_randlora(self, rank: usize, small: usize) -> (f64, Start) {
+        match self {
+            Scale::Auto => (RandLora::balanced_scale(rank), Start::LikeLora),
+            Scale::Peft => (RandLora::PEFT_SCALE, Start::Peft),
+            Scale::Paper => (RandLora::paper_scale(rank, small), Start::Peft),
+            Scale::Number(scale) => (scale, Start::Peft),
+        }
+    }
+
+    /// For another method; None for its default.
+    fn of_other(self, method: MethodName) -> Result<Option<f64>> {
+        match self {
+            Scale::Auto => Ok(None),
+            Scale::Number(scale) => Ok(Some(scale)),
+            Scale::Peft | Scale::Paper => {
+                let message = format!("`peft` and `paper` are RandLoRA's: give {} a number", method.name());
+                Err(Error::Config { what: "scale", message })
+            }
+        }
+    }
+}
+
 /// What is trained in every method.
 pub(crate) const CLASSIFIER: &str = "classifier";
 
@@ -121,6 +174,18 @@ impl MethodName {
         adapters::default_rank(self.name())
     }
 
+    /// The highest learning rate where none is asked for, by the name of a method or of its adapters. RandLoRA's
+    /// is LoRA's where its steps are as large, from an automatic scale.
+    pub(crate) fn learning_rate(name: &str, scale: Scale) -> f64 {
+        match name {
+            "full" => 1e-4,
+            "head" | "vera" | "nola" | "svft" | "pranc" | "intrinsic" => 1e-2,
+            "lora" | "dora" | "adalora" | "hydralora" | "bitfit" | "lora-xs" => 1e-3,
+            "randlora" if scale == Scale::Auto => 1e-3,
+            _ => 3e-4,
+        }
+    }
+
     /// The scale that an alpha means at a rank.
     pub(crate) fn scale(self, alpha: f64, rank: usize) -> f64 {
         let rank = rank as f64;
@@ -134,7 +199,7 @@ pub(crate) struct Settings<'a> {
     pub(crate) method: MethodName,
     pub(crate) targets: &'a str,
     pub(crate) rank: Option<usize>,
-    pub(crate) scale: Option<f64>,
+    pub(crate) scale: Scale,
     pub(crate) bases: Option<BasesName>,
     pub(crate) dropout: f64,
     pub(crate) seed: u64,
@@ -162,19 +227,27 @@ impl Settings<'_> {
                 return adapters::attach(model, &adapters::Full, &adapters::Targets::AllLinear, &[]);
             }
             MethodName::Randlora => {
-                let default = RandLora::default();
-                let scale = self.scale.unwrap_or(default.scale);
                 let smaller = |layer: &Linear| layer.inputs().min(layer.outputs());
                 let targets = targets()?;
                 let adapted = model.linears().into_iter().filter(|(name, _)| targets.matches(name));
                 let small = adapted.map(|(_, layer)| smaller(layer)).max().unwrap_or(0);
                 let (distribution, structure) = self.bases.unwrap_or_default().kind(small);
-                let pairing = Pairing::Peft;
-                Box::new(RandLora { rank, scale, dropout, seed, distribution, structure, pairing, ..default })
+                let (scale, start) = self.scale.of_randlora(rank, small);
+                Box::new(RandLora {
+                    rank,
+                    scale,
+                    start,
+                    dropout,
+                    seed,
+                    distribution,
+                    structure,
+                    pairing: Pairing::Peft,
+                    ways: None,
+                })
             }
             other => {
-                let Settings { scale, coefficients, steps, .. } = *self;
-                let rank = self.rank.or(other.default_rank());
+                let Settings { coefficients, steps, .. } = *self;
+                let (rank, scale) = (self.rank.or(other.default_rank()), self.scale.of_other(other)?);
                 let settings =
                     adapters::Settings { rank, scale, dropout, seed, coefficients, steps: Some(steps) };
                 adapters::by_name(other.name(), &settings)?

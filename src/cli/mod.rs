@@ -19,11 +19,14 @@ mod made_up;
 mod merge;
 mod method;
 mod model;
+mod numbers;
 mod output;
 mod plot;
 mod precision;
 mod predict;
 mod progress;
+mod several;
+mod study;
 mod table;
 mod targets;
 mod task;
@@ -50,6 +53,7 @@ enum Command {
     Merge(merge::Args),
     Convert(convert::Args),
     Devices(devices::Args),
+    Study(study::Args),
     Demo(demo::Args),
     /// One method of the demo, in a process of its own; the base's parameters come from standard input.
     #[command(hide = true)]
@@ -67,6 +71,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Finetune(args) => finetune::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Predict(args) => predict::run(&args),
+        Command::Study(args) => study::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoMethod(args) => demo::run_method(&args),
         Command::Inspect(args) => inspect::run(&args),

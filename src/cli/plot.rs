@@ -15,6 +15,15 @@ pub(crate) struct Curve {
     pub(crate) points: Vec<(f64, f64)>,
 }
 
+/// What the horizontal axis shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Axis {
+    /// Numbers from 1.
+    Count,
+    /// Powers of ten: a point is at its exponent, and is drawn as one.
+    Powers,
+}
+
 /// Each value's place, from 1, with the mean of it and those before it, `window` in all.
 pub(crate) fn smooth(values: &[f64], window: usize) -> Vec<(f64, f64)> {
     let mean = |i: usize| {
@@ -29,10 +38,15 @@ pub(crate) fn draw(
     path: &Path,
     title: &str,
     (x_label, y_label): (&str, &str),
+    axis: Axis,
     curves: &[Curve],
 ) -> Result<PathBuf, Failure> {
     let points = || curves.iter().flat_map(|c| &c.points);
-    let right = points().map(|p| p.0).fold(2.0, f64::max);
+    let (left, right) = match axis {
+        Axis::Count => (1.0, points().map(|p| p.0).fold(2.0, f64::max)),
+        Axis::Powers => points().fold((f64::MAX, f64::MIN), |(l, r), p| (l.min(p.0 - 0.1), r.max(p.0 + 0.1))),
+    };
+    let power = |x: &f64| format!("{:.0e}", 10f64.powf(*x));
     let (low, high) = points().map(|p| p.1).fold((f64::MAX, f64::MIN), |(l, h), y| (l.min(y), h.max(y)));
     let margin = (high - low).max(1e-6) * 0.05;
     let mut text = String::new();
@@ -44,14 +58,22 @@ pub(crate) fn draw(
             .margin(12)
             .x_label_area_size(40)
             .y_label_area_size(60)
-            .build_cartesian_2d(1.0..right, low - margin..high + margin)?;
-        chart.configure_mesh().light_line_style(WHITE).x_desc(x_label).y_desc(y_label).draw()?;
+            .build_cartesian_2d(left..right, low - margin..high + margin)?;
+        let mut mesh = chart.configure_mesh();
+        mesh.light_line_style(WHITE).x_desc(x_label).y_desc(y_label);
+        if axis == Axis::Powers {
+            mesh.x_label_formatter(&power);
+        }
+        mesh.draw()?;
         for (i, curve) in curves.iter().enumerate() {
             let color = Palette99::pick(i).to_rgba();
             chart
                 .draw_series(LineSeries::new(curve.points.iter().copied(), color.stroke_width(2)))?
                 .label(curve.name.clone())
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)));
+            if axis == Axis::Powers {
+                chart.draw_series(curve.points.iter().map(|&point| Circle::new(point, 3, color.filled())))?;
+            }
         }
         chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
         root.present()?;

@@ -7,13 +7,17 @@
 //! the processor's peak. All sizes are constants, so the result has the same bits on any number of
 //! threads.
 //!
+//! Inner loops are written without closures: one that passes through a function of `core` is inlined by
+//! link-time optimisation or not at all.
+//!
 //! With AVX-512 the kernels of `gemm` are faster and this module steps aside.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
+use std::sync::Arc;
 
 use crate::cpu::gemm::{Mat, Onto, Out};
 use crate::cpu::parallel;
+use crate::device::CpuDevice;
 
 /// Rows of c that are held in registers.
 const STRIP: usize = 6;
@@ -43,12 +47,14 @@ fn suits() -> bool {
         && is_x86_feature_detected!("fma")
 }
 
-/// c ← alpha·a·b + what it is put onto, if this processor and these strides suit; whether they did.
+/// c ← alpha·a·b + what it is put onto, if this processor, these strides and the memory suit; whether
+/// they did.
 ///
 /// # Safety
 /// Every element that the strides reach must lie in its slice or matrix, the elements of c must be
 /// distinct and nobody else's, and no dimension may be 0.
 pub(super) unsafe fn product(
+    device: &Arc<CpuDevice>,
     alpha: f32,
     a: Mat<'_, f32>,
     b: Mat<'_, f32>,
@@ -60,25 +66,28 @@ pub(super) unsafe fn product(
     }
     let (m, n, k) = (c.rows, c.cols, a.cols);
     let at_once = (PACKED / k / WIDTH * WIDTH).clamp(4 * WIDTH, COLUMNS);
-    let mut packed: Vec<Line> = Vec::with_capacity(at_once.min(n).div_ceil(WIDTH) * k);
+    let lines = at_once.min(n).div_ceil(WIDTH) * k;
+    // One line more than is packed, to begin where a line of the cache does.
+    let Ok(mut memory) = device.packing::<f32>((lines + 1) * WIDTH) else { return false };
+    // SAFETY: every pattern of bits is a line.
+    let (_, aligned, _) = unsafe { memory.align_to_mut::<Line>() };
+    let Some(aligned) = aligned.get_mut(..lines) else { return false };
     for from in (0..n).step_by(at_once) {
         let width = at_once.min(n - from);
-        let lines = width.div_ceil(WIDTH) * k;
-        packed.clear();
-        parallel::chunks(&mut packed.spare_capacity_mut()[..lines], PANELS * k, &|i, panels| {
+        let packed = &mut aligned[..width.div_ceil(WIDTH) * k];
+        parallel::chunks(packed, PANELS * k, &|i, panels| {
             for (panel, to) in panels.chunks_mut(k).enumerate() {
                 let first = from + (i * PANELS + panel) * WIDTH;
                 // SAFETY: the features were found, and the columns lie within b.
                 unsafe { pack(b.columns(first, WIDTH.min(n - first)), to) }
             }
         });
-        // SAFETY: they were written above.
-        unsafe { packed.set_len(lines) };
+        let packed = &*packed;
         parallel::run(m.div_ceil(ROWS), 1, &|i| {
             let rows = ROWS.min(m - i * ROWS);
             // SAFETY: the features were found; the caller vouches for the rest, and no other call has
             // these rows of c.
-            unsafe { tile(alpha, a.rows(i * ROWS, rows), &packed, onto, c, (i * ROWS, from, width)) }
+            unsafe { tile(alpha, a.rows(i * ROWS, rows), packed, onto, c, (i * ROWS, from, width)) }
         });
     }
     true
@@ -89,18 +98,23 @@ pub(super) unsafe fn product(
 /// # Safety
 /// The processor must have AVX2.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn pack(b: Mat<'_, f32>, to: &mut [MaybeUninit<Line>]) {
+unsafe fn pack(b: Mat<'_, f32>, to: &mut [Line]) {
     if b.cols < WIDTH {
         for (i, line) in to.iter_mut().enumerate() {
             let element = |j| if j < b.cols { b.data[i * b.row + j * b.col] } else { 0.0 };
-            line.write(Line(std::array::from_fn(element)));
+            *line = Line(std::array::from_fn(element));
         }
         return;
     }
     if b.col == 1 {
         for (i, line) in to.iter_mut().enumerate() {
-            let row = &b.data[i * b.row..][..WIDTH];
-            line.write(Line(std::array::from_fn(|j| row[j])));
+            let row = b.data[i * b.row..][..WIDTH].as_ptr();
+            // SAFETY: a row of 16 elements, a line for as many.
+            unsafe {
+                let to = line.0.as_mut_ptr();
+                _mm256_store_ps(to, _mm256_loadu_ps(row));
+                _mm256_store_ps(to.add(8), _mm256_loadu_ps(row.add(8)));
+            }
         }
         return;
     }
@@ -115,7 +129,7 @@ unsafe fn pack(b: Mat<'_, f32>, to: &mut [MaybeUninit<Line>]) {
         }
     }
     for i in whole..b.rows {
-        to[i].write(Line(std::array::from_fn(|j| columns[j * b.col + i])));
+        to[i] = Line(std::array::from_fn(|j| columns[j * b.col + i]));
     }
 }
 
@@ -125,21 +139,24 @@ unsafe fn pack(b: Mat<'_, f32>, to: &mut [MaybeUninit<Line>]) {
 /// All of them must be there, and the processor must have AVX2.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32) {
-    // SAFETY: the caller's.
-    let r: [__m256; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(from.add(i * stride)) });
-    // Pairs of rows, then groups of four, then all eight.
-    let low = |i: usize| _mm256_unpacklo_ps(r[i], r[i + 1]);
-    let high = |i: usize| _mm256_unpackhi_ps(r[i], r[i + 1]);
-    let four = |i: usize| {
-        let (a, b, c, d) = (low(i), low(i + 2), high(i), high(i + 2));
-        [
-            _mm256_shuffle_ps::<0x44>(a, b),
-            _mm256_shuffle_ps::<0xee>(a, b),
-            _mm256_shuffle_ps::<0x44>(c, d),
-            _mm256_shuffle_ps::<0xee>(c, d),
-        ]
-    };
-    let (top, bottom) = (four(0), four(4));
+    let (mut top, mut bottom) = ([_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 4]);
+    for (i, four) in [(0, &mut top), (4, &mut bottom)] {
+        // SAFETY: the caller's.
+        unsafe {
+            let from = from.add(i * stride);
+            let (a, b) = (_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(stride)));
+            let (c, d) = (_mm256_loadu_ps(from.add(2 * stride)), _mm256_loadu_ps(from.add(3 * stride)));
+            // Pairs of rows, then all four, of both halves of their numbers.
+            let (low, low_cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+            let (high, high_cd) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+            *four = [
+                _mm256_shuffle_ps::<0x44>(low, low_cd),
+                _mm256_shuffle_ps::<0xee>(low, low_cd),
+                _mm256_shuffle_ps::<0x44>(high, high_cd),
+                _mm256_shuffle_ps::<0xee>(high, high_cd),
+            ];
+        }
+    }
     for i in 0..4 {
         // SAFETY: the caller's.
         unsafe {
@@ -222,24 +239,25 @@ unsafe fn strip<const R: usize>(
         }
     }
     let (alpha, keeps) = (_mm256_set1_ps(alpha), beta != 0.0);
-    for (r, sum) in sums.into_iter().enumerate() {
-        let sum = sum.map(|sum| _mm256_mul_ps(alpha, sum));
+    for (r, sum) in sums.iter().enumerate() {
+        let (low, high) = (_mm256_mul_ps(alpha, sum[0]), _mm256_mul_ps(alpha, sum[1]));
         // SAFETY: rows of c.cols elements, all 16 of them where they are read and written as vectors.
         unsafe {
             let (before, to) = (before.add(r * before_row), c.data.add(r * c.row));
             if c.cols == WIDTH {
-                for (half, sum) in [0, 8].into_iter().zip(sum) {
-                    let sum = match keeps {
-                        true => _mm256_fmadd_ps(_mm256_set1_ps(beta), _mm256_loadu_ps(before.add(half)), sum),
-                        false => sum,
-                    };
-                    _mm256_storeu_ps(to.add(half), sum);
+                let (mut low, mut high) = (low, high);
+                if keeps {
+                    let beta = _mm256_set1_ps(beta);
+                    low = _mm256_fmadd_ps(beta, _mm256_loadu_ps(before), low);
+                    high = _mm256_fmadd_ps(beta, _mm256_loadu_ps(before.add(8)), high);
                 }
+                _mm256_storeu_ps(to, low);
+                _mm256_storeu_ps(to.add(8), high);
             } else {
                 let mut row = Line([0.0; WIDTH]);
-                _mm256_store_ps(row.0.as_mut_ptr(), sum[0]);
-                _mm256_store_ps(row.0.as_mut_ptr().add(8), sum[1]);
-                for (j, sum) in row.0.into_iter().enumerate().take(c.cols) {
+                _mm256_store_ps(row.0.as_mut_ptr(), low);
+                _mm256_store_ps(row.0.as_mut_ptr().add(8), high);
+                for (j, &sum) in row.0.iter().enumerate().take(c.cols) {
                     *to.add(j) = if keeps { beta.mul_add(*before.add(j), sum) } else { sum };
                 }
             }

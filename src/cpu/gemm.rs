@@ -6,7 +6,11 @@
 //! build. Threads share out pieces of the result whose sizes follow from the shape alone: the same call
 //! gives the same bits on any number of threads.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use crate::cpu::{Float, parallel};
+use crate::device::CpuDevice;
 
 /// A matrix within a slice: element (i, j) at `offset + i·row + j·col`.
 #[derive(Clone, Copy, Debug)]
@@ -77,12 +81,12 @@ impl<'a, T> MatMut<'a, T> {
 }
 
 /// Who works on one product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Threads {
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Threads<'a> {
     /// The calling thread: for products that run beside each other.
     One,
-    /// The caller's rayon pool.
-    Pool,
+    /// The caller's rayon pool, with memory of this device.
+    Pool(&'a Arc<CpuDevice>),
 }
 
 /// Multiplications that a product shared by several threads has at least: about 0.1 ms of work.
@@ -97,6 +101,24 @@ pub(crate) enum Onto<'a, T> {
     Row(&'a [T]),
 }
 
+impl<T: Float> Onto<'_, T> {
+    /// The result is overwritten.
+    pub(crate) const NOTHING: Self = Onto::Itself(T::ZERO);
+
+    /// For products that add up in one result, which the first of them overwrites.
+    pub(crate) fn sum(first: bool) -> Self {
+        Onto::Itself(if first { T::ZERO } else { T::ONE })
+    }
+
+    /// What these columns of the result are put onto.
+    pub(crate) fn columns(self, columns: Range<usize>) -> Self {
+        match self {
+            Onto::Row(row) => Onto::Row(&row[columns]),
+            itself => itself,
+        }
+    }
+}
+
 /// c ← alpha·a·b + beta·c, with a (m×k), b (k×n), c (m×n). Where beta is 0, c is not read. Strides
 /// of a and b may be 0.
 pub(crate) fn gemm<T: Float>(
@@ -105,7 +127,7 @@ pub(crate) fn gemm<T: Float>(
     b: Mat<'_, T>,
     beta: T,
     c: MatMut<'_, T>,
-    threads: Threads,
+    threads: Threads<'_>,
 ) {
     gemm_onto(alpha, a, b, Onto::Itself(beta), c, threads);
 }
@@ -117,7 +139,7 @@ pub(crate) fn gemm_onto<T: Float>(
     b: Mat<'_, T>,
     onto: Onto<'_, T>,
     c: MatMut<'_, T>,
-    threads: Threads,
+    threads: Threads<'_>,
 ) {
     assert_eq!((a.rows, b.cols, a.cols), (c.rows, c.cols, b.rows), "product of matrices that do not fit");
     let (m, n, k) = (c.rows, c.cols, a.cols);
@@ -139,8 +161,8 @@ pub(crate) fn gemm_onto<T: Float>(
     // its slice, and no two elements of c are the same.
     unsafe {
         match threads {
-            Threads::Pool if m * n * k >= SHARED => {
-                if !T::shared(alpha, a, b, onto, out) {
+            Threads::Pool(device) if m * n * k >= SHARED => {
+                if !T::shared(device, alpha, a, b, onto, out) {
                     tiles(alpha, a, b, onto, out);
                 }
             }
@@ -185,10 +207,7 @@ unsafe fn tiles<T: Float>(alpha: T, a: Mat<'_, T>, b: Mat<'_, T>, onto: Onto<'_,
     parallel::run(out.rows.div_ceil(rows) * across, 1, &|i| {
         let (i, j) = (i / across * rows, i % across * cols);
         let (m, n) = (rows.min(out.rows - i), cols.min(out.cols - j));
-        let onto = match onto {
-            Onto::Row(row) => Onto::Row(&row[j..j + n]),
-            itself => itself,
-        };
+        let onto = onto.columns(j..j + n);
         // SAFETY: the tile lies within what the caller vouches for, and no other tile has its elements.
         unsafe { one(alpha, a.rows(i, m), b.columns(j, n), onto, out.tile(i, j, m, n)) }
     });
@@ -252,7 +271,14 @@ pub(crate) trait Gemm: Copy {
     ///
     /// # Safety
     /// That of [`Gemm::gemm`].
-    unsafe fn shared(_: Self, _: Mat<'_, Self>, _: Mat<'_, Self>, _: Onto<'_, Self>, _: Out<Self>) -> bool {
+    unsafe fn shared(
+        _: &Arc<CpuDevice>,
+        _: Self,
+        _: Mat<'_, Self>,
+        _: Mat<'_, Self>,
+        _: Onto<'_, Self>,
+        _: Out<Self>,
+    ) -> bool {
         false
     }
 
@@ -268,6 +294,7 @@ pub(crate) trait Gemm: Copy {
 impl Gemm for f32 {
     #[cfg(target_arch = "x86_64")]
     unsafe fn shared(
+        device: &Arc<CpuDevice>,
         alpha: f32,
         a: Mat<'_, f32>,
         b: Mat<'_, f32>,
@@ -275,7 +302,7 @@ impl Gemm for f32 {
         out: Out<f32>,
     ) -> bool {
         // SAFETY: the caller's.
-        unsafe { crate::cpu::fma::product(alpha, a, b, onto, out) }
+        unsafe { crate::cpu::fma::product(device, alpha, a, b, onto, out) }
     }
 
     unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
@@ -358,6 +385,7 @@ impl Gemm for f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
     use proptest::prelude::*;
 
     fn random(len: usize, seed: u64) -> Vec<f64> {
@@ -406,7 +434,8 @@ mod tests {
             let start = random(cr * (cc + pad), 3);
             let (mut want, mut got) = (start.clone(), start.clone());
             let (a, b) = (view(&a[..], ar, ac, ta), view(&b[..], br, bc, tb));
-            let threads = if pool { Threads::Pool } else { Threads::One };
+            let device = Device::cpu();
+            let threads = if pool { Threads::Pool(device.host()) } else { Threads::One };
             naive(0.7, a, b, beta, out(&mut want, form));
             gemm(0.7, a, b, beta, out(&mut got, form), threads);
             for (g, w) in got.iter().zip(&want) {
@@ -448,7 +477,8 @@ mod tests {
             let close = |got: &[f32]| {
                 got.iter().zip(&want).all(|(&g, &w)| (g as f64 - w).abs() < 1e-5 * (1.0 + (k as f64).sqrt()))
             };
-            for threads in [Threads::One, Threads::Pool] {
+            let device = Device::cpu();
+            for threads in [Threads::One, Threads::Pool(device.host())] {
                 let mut got = if bias { vec![f32::NAN; m * n] } else { before.clone() };
                 gemm_onto(0.5, a, b, onto, MatMut::new(&mut got, m, n), threads);
                 prop_assert!(close(&got), "{threads:?}");
@@ -456,7 +486,7 @@ mod tests {
             let mut got = if bias { vec![f32::NAN; m * n] } else { before };
             let out = Out { data: got.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
             // SAFETY: three matrices within their slices, none of them empty.
-            let own = unsafe { <f32 as Gemm>::shared(0.5, a, b, onto, out) };
+            let own = unsafe { <f32 as Gemm>::shared(device.host(), 0.5, a, b, onto, out) };
             prop_assert!(!own || close(&got), "as a large product");
         }
     }
@@ -470,7 +500,8 @@ mod tests {
         let narrow = |v: &[f64]| v.iter().map(|&x| x as f32).collect::<Vec<_>>();
         let (a, b) = (narrow(&a), narrow(&b));
         let (mut got, mut got_lean) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
-        gemm(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, MatMut::new(&mut got, m, n), Threads::Pool);
+        let (device, c) = (Device::cpu(), MatMut::new(&mut got, m, n));
+        gemm(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, c, Threads::Pool(device.host()));
         let out = Out { data: got_lean.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
         // SAFETY: three dense matrices of the sizes given.
         unsafe { lean_f32(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, out) };

@@ -12,6 +12,7 @@ pub(crate) mod parallel;
 pub(crate) mod reduce;
 pub(crate) mod rows;
 pub(crate) mod simd;
+pub(crate) mod ternary;
 pub(crate) mod walk;
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};

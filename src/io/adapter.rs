@@ -7,8 +7,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::json::Object;
 use crate::io::own::{self, OwnAdapter, save_own};
-use crate::io::peft::{PeftAdapter, PeftTask, save_peft};
-use crate::nn::Module;
+use crate::io::peft::{PeftAdapter, PeftTask, has_form, save_peft};
+use crate::nn::{Linear, Module};
 
 /// An open adapter folder: PEFT's form, or this crate's own for the methods that are not exchanged with it.
 ///
@@ -112,13 +112,15 @@ impl Adapter {
     }
 }
 
-/// Saves a model's adapters and what else of it is trained to a folder: RandLoRA and LoRA as PEFT reads them,
-/// all others in this crate's own form.
+/// Saves a model's adapters and what else of it is trained to a folder: as PEFT reads them where it has the method
+/// (RandLoRA, LoRA, DoRA, PiSSA, VeRA, AdaLoRA), else in this crate's own form.
 ///
 /// # Errors
 /// Those of [`save_peft`] and [`save_own`].
 pub fn save_adapter<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
-    let own =
-        model.linears().into_iter().any(|(_, layer)| layer.adapter().is_some_and(|a| a.recipe().is_some()));
-    if own { save_own(model, folder, task) } else { save_peft(model, folder, task) }
+    let own = |(_, layer): (String, &Linear)| layer.adapter().is_some_and(|adapter| !has_form(adapter));
+    match model.linears().into_iter().any(own) {
+        true => save_own(model, folder, task),
+        false => save_peft(model, folder, task),
+    }
 }

@@ -14,20 +14,39 @@ use crate::tensor::Tensor;
 /// Settings by their names, as texts.
 pub type Recipe = BTreeMap<&'static str, String>;
 
-/// What changes a frozen linear layer. It gives the whole layer's output, so that it can fuse its
-/// update with the frozen product. An adapter is `Clone`: a copy's parameters are its own.
+/// What changes a frozen linear layer: by an update of its output, y = x·Wᵀ + b + u(x). An adapter is `Clone`:
+/// a copy's parameters are its own.
 pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
     /// The name of the method, as in `randlora`; its parameters' names begin with it.
     fn method(&self) -> &'static str;
 
-    /// The layer's output: x (…, in) to (…, out), for the layer's weight (out, in) and bias (out).
-    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor>;
+    /// u(x): what the adapter adds to the frozen layer's output, x (…, in) to (…, out), for the layer's weight
+    /// (out, in). It is x·ΔWᵀ where the change is one of the weight; several adapters' are summed.
+    fn update(&self, x: &Tensor, weight: &Tensor, ctx: &Context) -> Result<Tensor>;
+
+    /// The layer's output: x (…, in) to (…, out), for the layer's weight (out, in) and bias (out). An adapter
+    /// that can fuse its update with the frozen product does so here.
+    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+        x.linear(weight, bias)?.add(&self.update(x, weight, ctx)?)
+    }
 
     /// The adapter's own parameters with their names, always in the same order.
     fn parameters(&self) -> Vec<(&'static str, &Parameter)>;
 
     /// The same parameters, to be changed.
     fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Parameter)>;
+
+    /// Visits the parameters by their names in a model: that of the layer, of the method and the adapter's own.
+    fn visit<'a>(&'a self, layer: &str, f: &mut dyn FnMut(&str, Item<'a>)) {
+        let path = join(layer, self.method());
+        self.parameters().into_iter().for_each(|(name, p)| p.visit(&join(&path, name), f));
+    }
+
+    /// The same visit, to change them.
+    fn visit_mut(&mut self, layer: &str, f: &mut dyn FnMut(&str, ItemMut<'_>)) {
+        let path = join(layer, self.method());
+        self.parameters_mut().into_iter().for_each(|(name, p)| p.visit_mut(&join(&path, name), f));
+    }
 
     /// The change of this weight of the layer as a dense matrix (out, in), in the adapter's type: for
     /// merging and analysis, never in training.
@@ -255,20 +274,14 @@ impl Module for Linear {
         f(path, Item::Linear(self));
         self.weight.visit(&join(path, "weight"), f);
         self.bias.visit(&join(path, "bias"), f);
-        if let Some(adapter) = &self.adapter {
-            let path = join(path, adapter.method());
-            adapter.parameters().into_iter().for_each(|(name, p)| p.visit(&join(&path, name), f));
-        }
+        self.adapter.iter().for_each(|adapter| adapter.visit(path, f));
     }
 
     fn visit_mut(&mut self, path: &str, f: &mut dyn FnMut(&str, ItemMut<'_>)) {
         f(path, ItemMut::Linear(self));
         self.weight.visit_mut(&join(path, "weight"), f);
         self.bias.visit_mut(&join(path, "bias"), f);
-        if let Some(adapter) = &mut self.adapter {
-            let path = join(path, adapter.method());
-            adapter.parameters_mut().into_iter().for_each(|(name, p)| p.visit_mut(&join(&path, name), f));
-        }
+        self.adapter.iter_mut().for_each(|adapter| adapter.visit_mut(path, f));
     }
 }
 
@@ -290,14 +303,8 @@ mod tests {
             "shift"
         }
 
-        fn forward(
-            &self,
-            x: &Tensor,
-            weight: &Tensor,
-            bias: Option<&Tensor>,
-            ctx: &Context,
-        ) -> Result<Tensor> {
-            x.linear(&weight.add(&self.s.tensor(ctx))?, bias)
+        fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
+            x.linear(&self.s.tensor(ctx).broadcast_to(self.shape)?, None)
         }
 
         fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -3,7 +3,7 @@
 use crate::compute;
 use crate::cpu::elementwise::{self, View};
 use crate::cpu::gemm::{Mat, MatMut, Onto};
-use crate::cpu::{Float, dispatch, parallel};
+use crate::cpu::{Float, dispatch};
 use crate::dtype::{BF16, DType, F16};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
@@ -41,9 +41,9 @@ impl Op for Linear {
             let bias = bias.map(|bias| compute::contiguous(bias)).transpose()?;
             let onto = match &bias {
                 Some(bias) => Onto::Row(bias.elements::<T>()?),
-                None => Onto::Itself(T::ZERO),
+                None => Onto::NOTHING,
             };
-            affine(x, w, MatMut::new(&mut y, x.rows, outputs), onto)?;
+            frozen_forward(x, w, MatMut::new(&mut y, x.rows, outputs), onto)?;
             Ok(Tensor::from_buffer(y, shape, rows.device()))
         })?;
         Ok((y, vec![]))
@@ -124,7 +124,7 @@ fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tens
     let to = MatMut::new(&mut dw, w.dims()[0], w.dims()[1]);
     let dy = matrix(dy.host::<T>()?, dy.layout(), dy.layout().offset());
     let x = matrix(x.host()?, x.layout(), x.layout().offset());
-    T::layer_gemm(w.device().host(), T::ONE, dy.t(), x, Onto::Itself(T::ZERO), to)?;
+    T::layer_gemm(w.device().host(), T::ONE, dy.t(), x, Onto::NOTHING, to)?;
     Ok(Tensor::from_buffer(dw, *w.shape(), w.device()))
 }
 
@@ -159,27 +159,17 @@ fn check(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
     Ok(outputs)
 }
 
-/// Every row of `y` made equal to `row`.
-pub(crate) fn fill_rows<T: Float>(y: &mut [T], row: &[T]) {
-    parallel::rows(y, row.len(), row.len(), &|_, rows| {
-        rows.chunks_exact_mut(row.len()).for_each(|y| y.copy_from_slice(row));
-    });
-}
-
-/// y ← x·Wᵀ + beta·y for rows x (t×in) and a weight W (out×in) with any strides, in the type of x
-/// or stored in bf16 or f16. The sizes must fit.
-pub(crate) fn frozen_forward<T: Float>(x: Mat<'_, T>, w: &Tensor, y: MatMut<'_, T>, beta: T) -> Result<()> {
-    affine(x, w, y, Onto::Itself(beta))
-}
-
-/// y ← x·Wᵀ + what it is put onto, in the pass over y that the product makes anyway.
-fn affine<T: Float>(x: Mat<'_, T>, w: &Tensor, y: MatMut<'_, T>, onto: Onto<'_, T>) -> Result<()> {
+/// y ← x·Wᵀ + what it is put onto, for rows x (t×in) and a weight W (out×in) with any strides, in the
+/// type of x or stored in bf16 or f16. The sizes must fit.
+pub(crate) fn frozen_forward<T: Float>(
+    x: Mat<'_, T>,
+    w: &Tensor,
+    y: MatMut<'_, T>,
+    onto: Onto<'_, T>,
+) -> Result<()> {
     panels(w, |from, panel| {
         let y = MatMut { data: &mut y.data[..], ..y }.columns(from, panel.rows);
-        let onto = match onto {
-            Onto::Row(row) => Onto::Row(&row[from..from + panel.rows]),
-            itself => itself,
-        };
+        let onto = onto.columns(from..from + panel.rows);
         T::layer_gemm(w.device().host(), T::ONE, x, panel.t(), onto, y)
     })
 }

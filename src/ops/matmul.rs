@@ -100,6 +100,7 @@ fn batched<T: Float>(a: &Tensor, b: &Tensor, batch: Shape, m: usize, n: usize) -
     }
     let (a_data, b_data) = (a.host::<T>()?, b.host::<T>()?);
     let (a_starts, b_starts) = (starts(&a_layout), starts(&b_layout));
+    let pool = Threads::Pool(a.device().host());
     let one = |i: usize, out: &mut [T], threads| {
         let a = matrix(a_data, &a_layout, a_starts[i]);
         let b = matrix(b_data, &b_layout, b_starts[i]);
@@ -113,7 +114,7 @@ fn batched<T: Float>(a: &Tensor, b: &Tensor, batch: Shape, m: usize, n: usize) -
                 out.chunks_mut(m * n).enumerate().for_each(|(i, out)| one(first + i, out, Threads::One));
             });
         } else {
-            out.chunks_mut(m * n).enumerate().for_each(|(i, out)| one(i, out, Threads::Pool));
+            out.chunks_mut(m * n).enumerate().for_each(|(i, out)| one(i, out, pool));
         }
     }
     Ok(Tensor::from_buffer(out, shape, a.device()))

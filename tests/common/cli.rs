@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::common::Folder;
 
@@ -65,6 +65,16 @@ pub(crate) fn examples(count: usize, seed: u64) -> Vec<Value> {
         json!({ "input_ids": ids, "label": if i % 2 == 1 { "yes" } else { "no" } })
     };
     (0..count).map(&mut example).collect()
+}
+
+/// What the tokenizer calls this token of an example.
+pub(crate) fn word(id: u64) -> String {
+    match id {
+        9 => "good".into(),
+        10 => ",".into(),
+        11 => "\"".into(),
+        _ => format!("w{id}"),
+    }
 }
 
 /// The arguments of `finetune` or `eval`: what these settings leave open is the tiny model and the
@@ -159,5 +169,22 @@ impl Work {
             fs::copy(&file, self.0.0.join(name).join(file.file_name().expect("a name"))).expect("a copy");
         }
         self.path(name)
+    }
+
+    /// A copy of a model's folder with a tokenizer of the words that [`word`] gives.
+    pub(crate) fn with_tokenizer(&self, name: &str, from: &str) -> String {
+        let model = self.copy(name, from);
+        let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"].map(String::from).into_iter().zip(0..);
+        let vocab: Map<String, Value> =
+            special.chain((9..50).map(|id| (word(id), id))).map(|(word, id)| (word, json!(id))).collect();
+        let tokenizer = json!({
+            "version": "1.0",
+            "pre_tokenizer": { "type": "Whitespace" },
+            "post_processor": { "type": "BertProcessing", "cls": ["[CLS]", 2], "sep": ["[SEP]", 3] },
+            "added_tokens": [],
+            "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]" },
+        });
+        self.write(&format!("{name}/tokenizer.json"), tokenizer.to_string());
+        model
     }
 }

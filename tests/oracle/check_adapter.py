@@ -43,9 +43,12 @@ def load(args):
     tensors = load_file(args.adapter / "adapter_model.safetensors")
     head = tensors.get("base_model.model.classifier.weight")
     size = {} if head is None else {"num_labels": head.shape[0], "ignore_mismatched_sizes": True}
+    dtype = getattr(torch, args.dtype)
+    # PEFT takes PiSSA's start out of the model's weights as it loads the adapter, in f32 and of no f64 model.
+    start = json.loads((args.adapter / "adapter_config.json").read_text()).get("init_lora_weights")
     model = AutoModelForSequenceClassification.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), attn_implementation="eager", **size)
-    model = PeftModel.from_pretrained(model, args.adapter).eval()
+        args.model, dtype=torch.float32 if start == "pissa" else dtype, attn_implementation="eager", **size)
+    model = PeftModel.from_pretrained(model, args.adapter).to(dtype).eval()
 
     known = get_peft_model_state_dict(model)
     copies = {k for k in known if k.startswith("base_model.model.") and k.endswith((".randlora_A", ".randlora_B"))}

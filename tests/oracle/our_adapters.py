@@ -1,13 +1,14 @@
 """Adapters that the `randlora` command trains, and PEFT's logits with them: what evaluating them here
 has to repeat.
 
-usage: our_adapters.py [RANDLORA]    (the command as built; default: ../../target/debug/randlora)
+usage: our_adapters.py [RANDLORA [NAME ...]]    (the command as built; default: ../../target/debug/randlora;
+                                                the adapters to make; default: all)
 (needs torch, transformers, peft, safetensors; writes beside itself, no network)
 
 Writes our_adapters/:
   rows.jsonl               24 rows of 3 to 12 tokens: input_ids, some with attention_mask, some with
                            token_type_ids; the label says whether the token 9 occurs
-  randlora/, block/, lora/ as `finetune` saves them, trained on these rows from the model of
+  randlora/, block/, …     as `finetune` saves them, trained on these rows from the model of
                            peft_training.py, with a new classifier and dropout:
                            adapter_config.json, adapter_model.safetensors, randlora.json
     expected.safetensors   logits (24, 2) F64 by PEFT; written by check_adapter.py, which fails
@@ -30,6 +31,11 @@ ADAPTERS = {
     # What of its bases is zero in PEFT's file is not there in training.
     "block": ["--method", "randlora", "--bases", "block", "--rank", "5", "--lr", "1e-2", *TARGETS],
     "lora": ["--method", "lora", "--rank", "3", "--lr", "3e-2", "--targets", "all-linear"],
+    "dora": ["--method", "dora", "--rank", "3", "--lr", "1e-2", *TARGETS],
+    "pissa": ["--method", "pissa", "--rank", "3", "--scale", "0.7", "--lr", "1e-2", *TARGETS],
+    "vera": ["--method", "vera", "--rank", "7", "--lr", "3e-2", *TARGETS],
+    # A budget of 2 for each layer, of 3 to start with.
+    "adalora": ["--method", "adalora", "--rank", "2", "--lr", "1e-2", *TARGETS],
 }
 
 
@@ -54,12 +60,13 @@ def main():
         # adapter_config.json keeps the model's path as it was given: relative.
         subprocess.run([str(arg) for arg in args], cwd=HERE, check=True)
 
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
+    names = sys.argv[2:] or list(ADAPTERS)
+    FOLDER.mkdir(exist_ok=True)
     data = FOLDER / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(24)))
-    for name, options in ADAPTERS.items():
-        saved = FOLDER / name
+    for name in names:
+        saved, options = FOLDER / name, ADAPTERS[name]
+        shutil.rmtree(saved, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:
             out, logits = Path(scratch, "out"), Path(scratch, "logits.safetensors")
             run(command, "finetune", "--model", MODEL, "--train", data, "--out", out,

@@ -87,9 +87,8 @@ ADAPTERS = {
 
 REFUSED = {
     "ia3": IA3Config(target_modules=["query"], feedforward_modules=[], task_type="SEQ_CLS"),
-    "dora": lora(["query"], use_dora=True),
-    "rank-pattern": lora(["query"], rank_pattern={r"layer\.\d\.attention.self.query": 2}),
-    "alpha-pattern": lora(["query"], alpha_pattern={"(query|key)": 2}),
+    "rank-pattern": lora(["query"], rank_pattern={r"(?i)layer\.\d\.attention.self.query": 2}),
+    "alpha-pattern": lora(["query"], alpha_pattern={r"(que)ry(?=$)": 2}),
 }
 
 

@@ -66,9 +66,9 @@ def base(dtype=torch.float32):
     return AutoModelForSequenceClassification.from_pretrained("model", dtype=dtype, attn_implementation="eager")
 
 
-def save_adapter(model, folder):
+def save_adapter(model, folder, **options):
     """PEFT's own files without its model card, and with the targets in an order that repeats."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     Path(folder, "README.md").unlink(missing_ok=True)
     path = Path(folder, "adapter_config.json")
     config = json.loads(path.read_text())

@@ -3,7 +3,7 @@
 usage: round_trip.py [RANDLORA]    (the command as built; default: ../../target/debug/randlora)
 (needs torch, transformers, peft, safetensors; writes beside itself, no network)
 
-Every adapter of peft_adapters/ is written anew by `randlora convert --to peft`, and PEFT loads both: fails unless all
+Every adapter of peft_adapters/ and peft_methods/ is written anew by `randlora convert --to peft`, and PEFT loads both: fails unless all
 tensors of the two models and the logits are the same. (Bases that one of them draws and the other reads among them.)
 What PEFT then saves of some of ours becomes the fixture round_trip/<case>/, which tests/peft.rs reads back.
 """
@@ -23,13 +23,15 @@ from safetensors.torch import load_file
 from transformers import logging
 
 HERE = Path(__file__).resolve().parent
-KEPT = ["randlora", "randlora-seed-sparse", "randlora-bias-only", "lora-patterns", "lora-bias-all", "lora-rslora"]
+METHODS = ADAPTERS.parent / "peft_methods"
+KEPT = ["randlora", "randlora-seed-sparse", "randlora-bias-only", "lora-patterns", "lora-bias-all", "lora-rslora",
+        "dora", "dora-patterns", "pissa", "pissa-rslora", "vera", "vera-drawn", "vera-bias", "adalora", "adalora-pruned"]
 
 
 def load(folder):
     model = PeftModel.from_pretrained(base(), folder).eval()
     # Bases that are not stored are no part of PEFT's state.
-    bases = {name: buffer for name, buffer in model.named_buffers() if "randlora_" in name}
+    bases = {name: buffer for name, buffer in model.named_buffers() if "randlora_" in name or "vera_" in name}
     return model, get_peft_model_state_dict(model) | bases
 
 
@@ -42,12 +44,16 @@ def main():
     inputs = load_file(ADAPTERS / "inputs.safetensors")
     expected = inputs.pop("logits")
     os.chdir(ADAPTERS)
-    for case in sorted(path.parent.name for path in ADAPTERS.glob("*/expected.safetensors")):
+    folders = [path.parent for root in (ADAPTERS, METHODS) for path in sorted(root.glob("*/expected.safetensors"))]
+    for folder in folders:
+        case = folder.name
+        if case == "adalora-training":
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             ours = Path(scratch, "ours")
-            run = [command, "convert", case, "--to", "peft", "--out", ours, "--model", "model"]
+            run = [command, "convert", folder, "--to", "peft", "--out", ours, "--model", "model"]
             subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            (theirs, before), (back, after) = load(case), load(ours)
+            (theirs, before), (back, after) = load(folder), load(ours)
             missing = sorted(set(before) - set(after))
             assert not missing, f"{case}: {missing}"
             changed = sorted(k for k in before if before[k].dtype != after[k].dtype or not torch.equal(before[k], after[k]))

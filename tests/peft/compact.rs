@@ -185,7 +185,7 @@ fn hostile_headers() {
         (r#"\"large\":20"#, r#"\"large\":2000000000000"#, ["2000000000000", "layers of at most 20"]),
         (r#"\"large\":20"#, r#"\"large\":15"#, ["larger than the bases", COMPACT]),
         (r#"\"seed\":\"0\""#, r#"\"seed\":\"-1\""#, ["`seed` is \"-1\"", COMPACT]),
-        (r#"\"scale\":\"20\""#, r#"\"scale\":\"much\""#, ["`scale` is \"much\"", COMPACT]),
+        (r#"\"scale\":\"0.25\""#, r#"\"scale\":\"much\""#, ["`scale` is \"much\"", COMPACT]),
         (r#"\"rank\":5"#, r#"\"rank\":0"#, ["`rank` is 0", COMPACT]),
         (r#"\"rank\":5"#, r#"\"rank\":6"#, ["`r` is 6", COMPACT]),
         (r#"\"dropout\":\"0\""#, r#"\"dropout\":\"2\""#, ["`dropout`", COMPACT]),

@@ -1,8 +1,10 @@
 //! One linear layer, forward and backward, by every method.
 
-use randlora::adapters::{self, Full, Lora, Method, RandLora, Targets};
+use std::any::Any;
+
+use randlora::adapters::{self, Full, Lora, Method, RandLora, RandLoraAdapter, Targets};
 use randlora::nn::{Context, Init, Linear, Module};
-use randlora::{Plan, Result, Sizes, Wants, Way};
+use randlora::{Form, Plan, Result, Sizes, Wants, Way};
 use serde_json::{Value, json};
 
 use super::{line, medians, number};
@@ -86,7 +88,8 @@ fn measure(args: &Args) -> Result<Value> {
     )?;
 
     let wants = Wants { diagonals: true, input: true, dropout: dropout > 0.0 };
-    let (plan, flops) = (Plan::new(sizes, wants, structure), Plan::frozen_flops(sizes, wants));
+    let form = form(&randlora).unwrap_or(structure.into());
+    let (plan, flops) = (Plan::new(sizes, wants, form), Plan::frozen_flops(sizes, wants));
     let ratio = 1.0 + plan.extra_flops(sizes, wants) / flops;
     Ok(json!({
         "tokens": tokens,
@@ -110,6 +113,12 @@ fn measure(args: &Args) -> Result<Value> {
         "gflops": ratio * flops / randlora_ms / 1e6,
         "scratch_bytes": scratch,
     }))
+}
+
+/// How a layer's bases are stored, which its plan follows from.
+fn form(layer: &Linear) -> Option<Form> {
+    let adapter: &dyn Any = layer.adapter()?;
+    adapter.downcast_ref::<RandLoraAdapter>().map(|adapter| adapter.bases().form())
 }
 
 fn name(way: Way) -> &'static str {

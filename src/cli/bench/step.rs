@@ -12,7 +12,7 @@ use randlora::train::{Flow, Trainer};
 use serde_json::{Value, json};
 
 use super::{line, median, number};
-use crate::cli::method::{BasesName, MethodName, Settings};
+use crate::cli::method::{BasesName, MethodName, Scale, Settings};
 use crate::cli::model::with_threads;
 use crate::cli::output::{count, peak_memory, say, size, table};
 use crate::cli::precision::{self, PrecisionArgs};
@@ -79,7 +79,7 @@ fn measure(args: &Args) -> Result<Value, Failure> {
         method,
         targets,
         rank,
-        scale: None,
+        scale: Scale::Auto,
         bases: *bases,
         dropout: 0.0,
         seed: 0,

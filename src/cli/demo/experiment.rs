@@ -2,14 +2,14 @@
 
 use std::time::Instant;
 
-use randlora::adapters::{self, Settings, Targets};
+use randlora::adapters::{self, Distribution, RandLora, Settings, Start, Targets};
 use randlora::data::Batches;
 use randlora::data::digits::{Digits, Split};
 use randlora::models::{Vit, VitConfig};
 use randlora::nn::{Activation, Context, Init, Module};
 use randlora::optim::{AdamW, Decay, Schedule};
 use randlora::train::{Flow, Trainer};
-use randlora::{Device, Result, Tensor, analysis};
+use randlora::{Device, Result, Structure, Tensor, analysis};
 
 /// What the images show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,14 @@ pub(super) struct Method {
     pub(super) name: &'static str,
     rank: usize,
     scale: Option<f64>,
-    pub(super) learning_rates: &'static [f64],
+    learning_rates: &'static [f64],
+}
+
+impl Method {
+    /// The learning rates to choose from: these, or if there are none its own.
+    pub(super) fn rates<'a>(&self, asked: &'a [f64]) -> &'a [f64] {
+        if asked.is_empty() { self.learning_rates } else { asked }
+    }
 }
 
 /// What is shown where nothing else is asked for.
@@ -38,11 +45,19 @@ const THIN: &[f64] = &[1e-3, 3e-3, 1e-2, 3e-2];
 
 /// r = 8 for RandLoRA and r = 3 for LoRA train exactly as many numbers in these layers. Each grid of the
 /// four that are shown by default reaches beyond the best value on both sides.
-pub(super) const METHODS: [Method; 16] = [
+pub(super) const METHODS: [Method; 19] = [
     Method { name: "probe", rank: 0, scale: None, learning_rates: &[1.0, 3.0, 10.0] },
     Method { name: "lora", rank: 3, scale: Some(2.0), learning_rates: &[3e-3, 1e-2, 3e-2] },
-    Method { name: "randlora", rank: 8, scale: None, learning_rates: &[1e-3, 3e-3, 1e-2] },
+    Method {
+        name: "randlora",
+        rank: 8,
+        scale: Some(RandLora::PEFT_SCALE),
+        learning_rates: &[1e-3, 3e-3, 1e-2],
+    },
     Method { name: "full", rank: 0, scale: None, learning_rates: &[3e-3, 1e-2, 3e-2] },
+    Method { name: "randlora-auto", rank: 8, scale: None, learning_rates: &[1e-2, 3e-2, 1e-1] },
+    Method { name: "randlora-block", rank: 8, scale: None, learning_rates: &[1e-2, 3e-2, 1e-1] },
+    Method { name: "randlora-sparse", rank: 8, scale: None, learning_rates: &[1e-2, 3e-2, 1e-1] },
     Method { name: "rslora", rank: 3, scale: None, learning_rates: THIN },
     Method { name: "dora", rank: 3, scale: Some(2.0), learning_rates: THIN },
     Method { name: "pissa", rank: 3, scale: Some(1.0), learning_rates: THIN },
@@ -229,7 +244,10 @@ impl Experiment {
             steps: Some(self.steps() as usize),
             ..Settings::default()
         };
-        let adapter = adapters::by_name(method.name, &settings)?;
+        let adapter = match method.name.strip_prefix("randlora") {
+            Some(variant) => Box::new(randlora(variant, method, seed)),
+            None => adapters::by_name(method.name, &settings)?,
+        };
         let targets = Targets::names(&[
             "query",
             "key",
@@ -247,6 +265,7 @@ impl Experiment {
         &self,
         base: &[f32],
         method: &Method,
+        learning_rates: &[f64],
         on_step: &mut dyn FnMut(u64),
     ) -> Result<Outcome> {
         let run = |learning_rate, seed, on_step: &mut dyn FnMut(u64)| -> Result<(Vit, Run)> {
@@ -256,7 +275,7 @@ impl Experiment {
             Ok((model, run))
         };
         let mut tried = vec![];
-        for &learning_rate in method.learning_rates {
+        for &learning_rate in learning_rates {
             let (_, run) = run(learning_rate, CHOOSING_SEED, on_step)?;
             tried.push((learning_rate, run.validation.last().copied().unwrap_or(0.0)));
         }
@@ -289,6 +308,21 @@ impl Experiment {
         }
         let range = ranks.iter().min().zip(ranks.iter().max()).map(|(&low, &high)| (low, high));
         Ok(range.filter(|&(_, high)| high > 0))
+    }
+}
+
+/// RandLoRA with PEFT's start, which is the best on this task, or by the automatic scale with the bases that its
+/// name goes on with.
+fn randlora(variant: &str, method: &Method, seed: u64) -> RandLora {
+    let (rank, default) = (method.rank, RandLora::default());
+    RandLora {
+        rank,
+        seed,
+        scale: method.scale.unwrap_or(RandLora::balanced_scale(rank)),
+        start: if method.scale.is_some() { Start::Peft } else { Start::LikeLora },
+        distribution: if variant == "-sparse" { Distribution::SPARSE } else { default.distribution },
+        structure: if variant == "-block" { Structure::Block } else { default.structure },
+        ..default
     }
 }
 

@@ -24,6 +24,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::Failure;
+use super::numbers::rate;
 use super::output::{peak_memory, say};
 use super::progress::Progress;
 use experiment::{DEFAULT, Experiment, METHODS, Method, SEEDS, numbers};
@@ -42,12 +43,17 @@ pub(crate) struct Args {
     /// alone. More of them take longer.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_values = DEFAULT)]
     methods: Vec<String>,
+    /// The learning rates to choose from, with commas between, instead of each method's own.
+    #[arg(long, value_name = "RATES", value_delimiter = ',', value_parser = rate)]
+    lr: Vec<f64>,
 }
 
 /// Which method a process is for.
 #[derive(Debug, clap::Args)]
 pub(crate) struct MethodArgs {
     name: String,
+    #[arg(value_parser = rate)]
+    lr: Vec<f64>,
 }
 
 /// Runs the whole demo.
@@ -57,7 +63,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
     let start = Instant::now();
     let experiment = Experiment::new();
-    let runs: usize = methods.iter().map(|m| m.learning_rates.len() + SEEDS.len()).sum();
+    let runs: usize = methods.iter().map(|m| m.rates(&args.lr).len() + SEEDS.len()).sum();
     let progress = Progress::new(experiment.base_steps() + runs as u64 * experiment.steps());
 
     progress.stage("training the base from scratch on upright digits");
@@ -65,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (model, base, new_task) =
         one_thread.install(|| experiment.base(&mut |steps| progress.advance(steps)))?;
     let parameters = numbers(&model)?;
-    let methods = all_methods(&methods, &parameters, &progress)?;
+    let methods = all_methods(&methods, &args.lr, &parameters, &progress)?;
     progress.finish();
 
     let results = json!({
@@ -98,7 +104,12 @@ fn known(name: &str) -> Result<Method, Failure> {
 
 /// Runs the methods beside each other, as many at a time as there are cores. A model this small
 /// leaves a second thread little to do, so each process has one.
-fn all_methods(methods: &[Method], base: &[f32], progress: &Progress) -> Result<Vec<Value>, Failure> {
+fn all_methods(
+    methods: &[Method],
+    rates: &[f64],
+    base: &[f32],
+    progress: &Progress,
+) -> Result<Vec<Value>, Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let waiting = Mutex::new(methods.iter().enumerate());
     let outcomes = Mutex::new(vec![None; methods.len()]);
@@ -107,7 +118,7 @@ fn all_methods(methods: &[Method], base: &[f32], progress: &Progress) -> Result<
             let next = waiting.lock().map_err(|e| e.to_string())?.next();
             let Some((i, method)) = next else { return Ok(()) };
             progress.stage(&format!("adapting it to mirrored negatives: {}", method.name));
-            let outcome = in_own_process(method, base, progress).map_err(|e| e.to_string())?;
+            let outcome = in_own_process(method, rates, base, progress).map_err(|e| e.to_string())?;
             outcomes.lock().map_err(|e| e.to_string())?[i] = Some(outcome);
         }
     };
@@ -120,9 +131,15 @@ fn all_methods(methods: &[Method], base: &[f32], progress: &Progress) -> Result<
 }
 
 /// Runs this program again for one method and collects what it reports.
-fn in_own_process(method: &Method, base: &[f32], progress: &Progress) -> Result<Value, Failure> {
+fn in_own_process(
+    method: &Method,
+    rates: &[f64],
+    base: &[f32],
+    progress: &Progress,
+) -> Result<Value, Failure> {
     let mut child = Command::new(std::env::current_exe()?)
         .args(["demo-method", method.name])
+        .args(rates.iter().map(f64::to_string))
         .env("RAYON_NUM_THREADS", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -157,7 +174,7 @@ pub(crate) fn run_method(args: &MethodArgs) -> Result<(), Failure> {
         bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let experiment = Experiment::new();
     let mut waiting = 0;
-    let outcome = experiment.adapt(&base, &method, &mut |steps| {
+    let outcome = experiment.adapt(&base, &method, method.rates(&args.lr), &mut |steps| {
         waiting += steps;
         if waiting >= 20 {
             // What cannot be said now cannot be said at the end either, and is an error there.

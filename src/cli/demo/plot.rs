@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::cli::Failure;
-use crate::cli::plot::{Curve, draw, smooth};
+use crate::cli::plot::{Axis, Curve, draw, smooth};
 
 /// One curve per method: the mean over the runs of a list of numbers, element by element.
 fn curves(results: &Value, field: &str, window: usize) -> Vec<Curve> {
@@ -27,12 +27,24 @@ fn curves(results: &Value, field: &str, window: usize) -> Vec<Curve> {
 /// Loss over steps.
 pub(super) fn losses(results: &Value, path: &Path) -> Result<PathBuf, Failure> {
     let curves = curves(results, "losses", 15);
-    draw(path, "training loss (mean of 15 steps and 3 seeds)", ("step", "cross entropy"), &curves)
+    draw(
+        path,
+        "training loss (mean of 15 steps and 3 seeds)",
+        ("step", "cross entropy"),
+        Axis::Count,
+        &curves,
+    )
 }
 
 /// Accuracy over epochs.
 pub(super) fn accuracies(results: &Value, path: &Path) -> Result<PathBuf, Failure> {
     let mut curves = curves(results, "validation_accuracies", 1);
     curves.iter_mut().flat_map(|c| &mut c.points).for_each(|p| p.1 *= 100.0);
-    draw(path, "accuracy on the validation split (mean of 3 seeds)", ("epoch", "% right"), &curves)
+    draw(
+        path,
+        "accuracy on the validation split (mean of 3 seeds)",
+        ("epoch", "% right"),
+        Axis::Count,
+        &curves,
+    )
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::experiment::Outcome;
 use crate::cli::Failure;
+use crate::cli::numbers::{mean, spread};
 
 /// What came of a method, with everything that the table and the pictures are made from.
 pub(super) fn outcome(name: &str, outcome: &Outcome, peak_bytes: Option<u64>) -> Value {
@@ -50,17 +51,6 @@ pub(super) fn write(results: &Value, path: &Path) -> Result<PathBuf, Failure> {
 pub(super) fn of_runs(method: &Value, field: &str) -> Vec<f64> {
     let runs = method["runs"].as_array().map(Vec::as_slice).unwrap_or_default();
     runs.iter().filter_map(|run| run[field].as_f64()).collect()
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
-}
-
-/// The sample standard deviation.
-fn spread(values: &[f64]) -> f64 {
-    let mean = mean(values);
-    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
-    (squares / (values.len() as f64 - 1.0).max(1.0)).sqrt()
 }
 
 /// The table that the demo prints.

@@ -8,7 +8,7 @@ use randlora::optim::Decay;
 
 use crate::cli::columns::ColumnArgs;
 use crate::cli::device::DeviceArgs;
-use crate::cli::method::{BasesName, MethodName, Settings};
+use crate::cli::method::{BasesName, MethodName, Scale, Settings};
 use crate::cli::model::ModelArgs;
 use crate::cli::targets;
 use crate::cli::task::Kind;
@@ -22,8 +22,8 @@ use crate::cli::task::Kind;
   randlora finetune --model all-MiniLM-L6-v2 --train train.jsonl --method lora --rank 8 --targets all-linear --out lora
   randlora finetune --model all-MiniLM-L6-v2 --train more.tsv --adapter sst2/best --lr 1e-4 --out sst2-more
 
-What is written to OUT: best and last (adapters with randlora.json, of RandLoRA and LoRA as PEFT reads
-them; whole models for --method full, bitfit and head), metrics.jsonl, curves.svg.")]
+What is written to OUT: best and last (adapters with randlora.json, as PEFT reads them where it has the
+method; whole models for --method full, bitfit and head), metrics.jsonl, curves.svg.")]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -67,12 +67,14 @@ pub(crate) struct Args {
     /// r [default: 32 for RandLoRA, where fewer train more; 8 for LoRA and its like, 25 for LoRA-XS, 256 for VeRA].
     #[arg(long, value_name = "R", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     rank: Option<usize>,
-    /// The update is multiplied by alpha/r; for rsLoRA by alpha/√r [default: 20·r for RandLoRA, 2·r for LoRA].
+    /// The update is multiplied by alpha/r; for rsLoRA by alpha/√r.
     #[arg(long, help_heading = "Adapter", conflicts_with_all = ["scale", "adapter"], value_parser = finite)]
     alpha: Option<f64>,
-    /// The update is multiplied by this.
-    #[arg(long, help_heading = "Adapter", conflicts_with = "adapter", value_parser = finite)]
-    scale: Option<f64>,
+    /// The update is multiplied by this: a number, or RandLoRA's `peft` (20) or `paper` (2/√n, n = ⌈m/r⌉). By
+    /// `auto`, RandLoRA's first steps are as large as those of a LoRA of its size; other methods have their
+    /// defaults, LoRA 2 [default: auto].
+    #[arg(long, value_name = "SCALE", help_heading = "Adapter", conflicts_with = "adapter")]
+    scale: Option<Scale>,
     /// RandLoRA's random bases [default: uniform].
     #[arg(long, value_name = "NAME", value_enum, help_heading = "Adapter", conflicts_with = "adapter")]
     bases: Option<BasesName>,
@@ -84,8 +86,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "K", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     coefficients: Option<usize>,
 
-    /// The highest learning rate [default: 3e-4 for RandLoRA, 1e-3 for LoRA and its like, 1e-4 for full, 1e-2
-    /// for head and for methods with few numbers].
+    /// The highest learning rate [default: 1e-3 for RandLoRA, LoRA and its like, 3e-4 for RandLoRA of another
+    /// scale than auto, 1e-4 for full, 1e-2 for head and for methods with few numbers].
     #[arg(long, value_name = "RATE", help_heading = "Training", value_parser = from_zero)]
     lr: Option<f64>,
     /// How many times every example is seen.
@@ -132,21 +134,22 @@ impl Args {
 
     /// The method with its settings, for a training with so many examples.
     pub(crate) fn settings(&self, examples: usize) -> Settings<'_> {
-        let rank = self.rank.or(self.method.default_rank());
-        let scale = self.scale.or(self.alpha.zip(rank).map(|(alpha, rank)| self.method.scale(alpha, rank)));
-        let Args { method, bases, dropout, seed, coefficients, .. } = *self;
-        let (targets, steps) = (&*self.targets, self.steps(examples));
+        let Args { method, rank, bases, dropout, seed, coefficients, .. } = *self;
+        let (targets, scale, steps) = (&*self.targets, self.scale(), self.steps(examples));
         Settings { method, targets, rank, scale, bases, dropout, seed, coefficients, steps }
     }
 
-    /// The highest learning rate for the method of this name.
+    fn scale(&self) -> Scale {
+        let rank = self.rank.or(self.method.default_rank());
+        let of_alpha = self.alpha.zip(rank).map(|(alpha, rank)| self.method.scale(alpha, rank));
+        self.scale.or(of_alpha.map(Scale::Number)).unwrap_or_default()
+    }
+
+    /// The highest learning rate for the method of this name. An adapter that training goes on from may have any
+    /// scale: RandLoRA's is then the lower one.
     pub(crate) fn learning_rate(&self, method: &str) -> f64 {
-        self.lr.unwrap_or(match method {
-            "lora" | "dora" | "adalora" | "hydralora" | "bitfit" | "lora-xs" => 1e-3,
-            "full" => 1e-4,
-            "head" | "vera" | "nola" | "svft" | "pranc" | "intrinsic" => 1e-2,
-            _ => 3e-4,
-        })
+        let scale = if self.model.adapter.is_empty() { self.scale() } else { Scale::Peft };
+        self.lr.unwrap_or(MethodName::learning_rate(method, scale))
     }
 }
 

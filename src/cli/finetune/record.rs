@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::folder::Folder;
 use crate::cli::Failure;
 use crate::cli::eval;
-use crate::cli::plot::{Curve, draw, smooth};
+use crate::cli::plot::{Axis, Curve, draw, smooth};
 use crate::cli::progress::TrainingProgress;
 use crate::cli::task::Scores;
 
@@ -96,7 +96,7 @@ impl Record {
             let points = self.epochs.iter().map(|(step, loss, _)| (*step as f64, *loss)).collect();
             curves.push(Curve { name: "evaluation".into(), points });
         }
-        draw(&self.picture, "loss", ("step", "loss"), &curves)
+        draw(&self.picture, "loss", ("step", "loss"), Axis::Count, &curves)
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
+use randlora::Device;
 use randlora::analysis::norm;
 use randlora::io::{Access, Adapter, Checkpoint, OwnAdapter, PeftAdapter};
 use randlora::nn::{Linear, LinearAdapter, Module};
-use randlora::{Device, Tensor};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -45,12 +45,11 @@ pub(super) fn describe(args: &Args) -> Result<Value, Failure> {
 
 fn about_peft(adapter: &PeftAdapter, device: &Device) -> Result<Value, Failure> {
     let config = adapter.config();
-    let bases = adapter.bases(device)?.map(|bases| {
-        let (a, b) = (bases.a(), bases.b());
-        json!({ "a": a.dims(), "b": b.dims(), "bytes": bytes(a) + bytes(b) })
-    });
+    let bases = adapter
+        .bases(device)?
+        .map(|bases| json!({ "a": bases.a().dims(), "b": bases.b_shape().dims(), "bytes": bases.bytes() }));
     Ok(json!({
-        "method": config.method,
+        "method": config.method(),
         "rank": config.rank,
         "scale": config.scale,
         "dropout": config.dropout,
@@ -149,10 +148,6 @@ fn layer_of_model(
         value.extend(found);
     }
     Ok(value)
-}
-
-fn bytes(x: &Tensor) -> usize {
-    x.numel() * x.dtype().size()
 }
 
 /// The same to read.

@@ -12,7 +12,7 @@ use randlora::{Device, Tensor};
 use serde_json::{Value, json};
 
 use super::{Args, head, line, list, number, string};
-use crate::cli::method::{CLASSIFIER, MethodName, Settings};
+use crate::cli::method::{CLASSIFIER, MethodName, Scale, Settings};
 use crate::cli::progress::Progress;
 use crate::cli::{Failure, made_up, output};
 
@@ -27,7 +27,7 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
         method,
         targets,
         rank,
-        scale: None,
+        scale: Scale::Auto,
         bases: *bases,
         dropout: 0.0,
         seed: 0,
@@ -115,7 +115,7 @@ fn bases_bytes(model: &Bert) -> usize {
         let adapter: &dyn Any = layer.adapter()?;
         adapter.downcast_ref::<RandLoraAdapter>().map(RandLoraAdapter::bases)
     });
-    bases.map_or(0, |bases| bytes(bases.a()) + bytes(bases.b()))
+    bases.map_or(0, |bases| bases.bytes())
 }
 
 fn bytes(x: &Tensor) -> usize {

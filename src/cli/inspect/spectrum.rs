@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{list, string};
 use crate::cli::Failure;
-use crate::cli::plot::{self, Curve};
+use crate::cli::plot::{self, Axis, Curve};
 
 /// What there is to say of an update (out, in).
 pub(super) fn describe(delta: &Tensor) -> Result<Value> {
@@ -46,7 +46,13 @@ pub(super) fn draw(value: &Value, path: &Path) -> std::result::Result<(), Failur
             Curve { name, points: points.collect() }
         })
         .collect();
-    plot::draw(path, "singular values of ΔW (mean of the layers)", ("i", "log10 of σᵢ/σ₁"), &curves)?;
+    plot::draw(
+        path,
+        "singular values of ΔW (mean of the layers)",
+        ("i", "log10 of σᵢ/σ₁"),
+        Axis::Count,
+        &curves,
+    )?;
     Ok(())
 }
 

@@ -1,17 +1,14 @@
 //! Attaching an adapter of a folder to a model.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
-use crate::adapters::{
-    Attached, BasesOrigin, LayerInfo, Lora, LoraAdapter, Method, RandLora, RandLoraAdapter, Targets, attach,
-};
+use crate::adapters::{Attached, LayerInfo, Method, Targets, attach};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::io::peft::{Biases, MODEL, PeftAdapter, PeftConfig, module_of, parts};
+use crate::io::peft::form::Part;
+use crate::io::peft::{Biases, MODEL, PeftAdapter, module_of};
 use crate::nn::{ItemMut, LinearAdapter, Module, Parameter};
-use crate::ops::randlora::Bases;
 use crate::tensor::Tensor;
 
 impl PeftAdapter {
@@ -107,6 +104,17 @@ impl PeftAdapter {
         bias.is_some_and(alone)
     }
 
+    /// The tensors of a layer, in the order of its adapter's parameters.
+    fn values(&self, layer: &LayerInfo) -> Result<Vec<Tensor>> {
+        let (rank, _) = self.config.of(&layer.name);
+        let value = |part: &Part| {
+            let name = format!("{}{}", layer.name, part.suffix);
+            let dims: Vec<usize> = part.sides.iter().map(|side| side.of(layer, rank)).collect();
+            self.tensor(&name, &format!("{MODEL}{name}"), &dims, layer.dtype, &layer.device)
+        };
+        self.config.form().parts.iter().map(value).collect()
+    }
+
     /// The tensor of a name within the model, if it has these sizes.
     fn tensor(&self, name: &str, key: &str, dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let value = self.file.tensor(key, device)?;
@@ -127,75 +135,35 @@ struct Within<'a> {
 
 impl Method for Within<'_> {
     fn name(&self) -> &'static str {
-        self.adapter.config.method
+        self.adapter.config.method()
     }
 
     fn adapters(&self, layers: &[LayerInfo]) -> Result<Option<Vec<Box<dyn LinearAdapter>>>> {
-        let Some(first) = layers.first() else { return Ok(Some(vec![])) };
+        let layers: Vec<LayerInfo> = layers.iter().map(|layer| self.named(layer)).collect();
         // The values come first: room is made by what is in the file, not by what it says.
-        let values = layers.iter().map(|layer| self.values(layer)).collect::<Result<Vec<_>>>()?;
-        let layers_with = layers.iter().zip(values);
-        if self.adapter.config.method == "lora" {
-            return layers_with
-                .map(|(layer, values)| self.lora(layer, values))
-                .collect::<Result<_>>()
-                .map(Some);
-        }
-        let (bases, origin) = self.adapter.bases_for(layers, &first.device)?;
-        let bases = Arc::new(bases.to_dtype(first.dtype)?);
-        layers_with
-            .map(|(layer, values)| self.randlora(layer, values, &bases, origin))
+        let values = layers.iter().map(|layer| self.adapter.values(layer)).collect::<Result<Vec<_>>>()?;
+        let adapters = self.adapter.make(&layers)?;
+        adapters
+            .into_iter()
+            .zip(values)
+            .map(|(adapter, values)| filled(adapter, values))
             .collect::<Result<_>>()
             .map(Some)
     }
 }
 
 impl Within<'_> {
-    /// The layer's name in the file.
-    fn name<'a>(&self, layer: &'a LayerInfo) -> &'a str {
-        layer.name.strip_prefix(self.prefix).unwrap_or(&layer.name)
-    }
-
-    /// The layer's two matrices.
-    fn values(&self, layer: &LayerInfo) -> Result<[Tensor; 2]> {
-        let (method, name) = (self.adapter.config.method, self.name(layer));
-        let (rank, _) = self.adapter.config.of(name);
-        let (m, n) = (layer.small(), layer.small().div_ceil(rank));
-        let dims = match method {
-            "lora" => [[rank, layer.inputs], [layer.outputs, rank]],
-            _ => [[rank, n], [n, m]],
-        };
-        let value = |i: usize| {
-            let name = format!("{name}{}", parts(method)[i]);
-            self.adapter.tensor(&name, &format!("{MODEL}{name}"), &dims[i], layer.dtype, &layer.device)
-        };
-        Ok([value(0)?, value(1)?])
-    }
-
-    fn lora(&self, layer: &LayerInfo, values: [Tensor; 2]) -> Result<Box<dyn LinearAdapter>> {
-        let (rank, scale) = self.adapter.config.of(self.name(layer));
-        let dropout = self.adapter.config.dropout;
-        filled(LoraAdapter::new(&Lora { rank, scale, dropout, seed: 0 }, layer)?, values)
-    }
-
-    fn randlora(
-        &self,
-        layer: &LayerInfo,
-        values: [Tensor; 2],
-        bases: &Arc<Bases>,
-        origin: Option<BasesOrigin>,
-    ) -> Result<Box<dyn LinearAdapter>> {
-        let PeftConfig { rank, scale, dropout, .. } = self.adapter.config;
-        let settings = RandLora { rank, scale, dropout, pairing: bases.pairing(), ..RandLora::default() };
-        let adapter = RandLoraAdapter::new(&settings, layer, bases.clone());
-        filled(adapter.map_err(|error| self.adapter.of_file(error))?.with_origin(origin), values)
+    /// The layer by its name in the file.
+    fn named(&self, layer: &LayerInfo) -> LayerInfo {
+        let name = layer.name.strip_prefix(self.prefix).unwrap_or(&layer.name);
+        LayerInfo { name: name.into(), ..layer.clone() }
     }
 }
 
 /// The adapter with these values.
-fn filled(mut adapter: impl LinearAdapter, values: [Tensor; 2]) -> Result<Box<dyn LinearAdapter>> {
+fn filled(mut adapter: Box<dyn LinearAdapter>, values: Vec<Tensor>) -> Result<Box<dyn LinearAdapter>> {
     for ((_, parameter), value) in adapter.parameters_mut().into_iter().zip(values) {
         parameter.replace(value)?;
     }
-    Ok(Box::new(adapter))
+    Ok(adapter)
 }

@@ -1,10 +1,11 @@
-//! RandLoRA's bases out of a file, or drawn again.
+//! RandLoRA's bases and VeRA's matrices, out of a file or drawn again.
 
-use crate::adapters::{BasesOrigin, LayerInfo, TorchBases};
+use crate::adapters::{BasesOrigin, LayerInfo, TorchBases, TorchVera};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::io::peft::{BASES, PeftAdapter, ROOT};
+use crate::io::peft::kind::Kind;
+use crate::io::peft::{PeftAdapter, ROOT};
 use crate::ops::randlora::{Bases, Pairing};
 use crate::tensor::Tensor;
 
@@ -14,11 +15,9 @@ impl PeftAdapter {
     /// # Errors
     /// [`Error::Data`] where they are missing, of other shapes, or not the same for all layers.
     pub fn bases(&self, device: &Device) -> Result<Option<Bases>> {
-        if self.config.method == "lora" || self.compact || !self.config.stored {
+        let (Kind::RandLora(_), Some([a, b])) = (&self.config.kind, self.shared(device)?) else {
             return Ok(None);
-        }
-        let [a, b] = BASES.map(|name| self.base(name, device));
-        let (a, b) = (a?, b?);
+        };
         let &[rank, 1, small] = a.dims() else {
             let message = format!("randlora_A is {:?}, not (r, 1, MIN)", a.dims());
             return Err(self.error(message));
@@ -28,12 +27,35 @@ impl PeftAdapter {
             .map(Some)
     }
 
-    /// The same error, of this file: the bases in it do not fit each other, or a layer.
+    /// VeRA's A (r, at least in) and B (at least out, r) in f32, out of the file or drawn again.
+    pub(super) fn vera_matrices(&self, layers: &[LayerInfo], device: &Device) -> Result<[Tensor; 2]> {
+        if let Some(matrices) = self.shared(device)? {
+            return Ok(matrices);
+        }
+        let Kind::Vera { key, .. } = self.config.kind else {
+            return Err(self.error("nothing says what the matrices follow from"));
+        };
+        let largest = |size: fn(&LayerInfo) -> usize| layers.iter().map(size).max().unwrap_or(0);
+        let (inputs, outputs) = (largest(|layer| layer.inputs), largest(|layer| layer.outputs));
+        TorchVera { key, rank: self.config.rank, inputs, outputs }.generate(device)
+    }
+
+    /// The same error, of this file: what is in it does not fit together, or a layer.
     pub(super) fn of_file(&self, error: Error) -> Error {
         match error {
-            Error::Shape { message, .. } => Error::data(self.file.what(), message),
+            Error::Shape { message, .. } => self.error(message),
+            Error::Config { .. } => self.error(error.to_string()),
             other => other,
         }
+    }
+
+    /// The two tensors that all layers share, in f32; None where the file holds none.
+    pub(super) fn shared(&self, device: &Device) -> Result<Option<[Tensor; 2]>> {
+        let names = self.config.form().shared.filter(|_| self.config.stored && !self.compact);
+        let Some([a, b]) = names.map(|names| names.map(|name| self.base(name, device))) else {
+            return Ok(None);
+        };
+        Ok(Some([a?, b?]))
     }
 
     fn base(&self, name: &str, device: &Device) -> Result<Tensor> {
@@ -60,7 +82,11 @@ impl PeftAdapter {
     pub(super) fn origin_for(&self, layers: &[LayerInfo]) -> Option<BasesOrigin> {
         let largest = |size: fn(&LayerInfo) -> usize| layers.iter().map(size).max().unwrap_or(0);
         let (inputs, outputs) = (largest(|layer| layer.inputs), largest(|layer| layer.outputs));
-        self.origin.filter(|_| self.compact || self.config.stored).or(self.config.draw.map(|(key, draw)| {
+        let drawn = match self.config.kind {
+            Kind::RandLora(draw) => draw,
+            _ => None,
+        };
+        self.origin.filter(|_| self.compact || self.config.stored).or(drawn.map(|(key, draw)| {
             let (small, large) = (inputs.min(outputs), inputs.max(outputs));
             BasesOrigin::Torch(TorchBases { key, draw, rank: self.config.rank, small, large })
         }))

@@ -10,7 +10,9 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::files::io_error;
 use crate::io::json::Object;
-use crate::io::peft::save::{Saved, SavedBases};
+use crate::io::peft::kind::Kind;
+use crate::io::peft::save::Saved;
+use crate::io::peft::shared::Shared;
 use crate::io::peft::{Biases, COMPACT, PeftConfig, origin};
 use crate::io::safetensors::{SafeTensors, save_safetensors};
 use crate::nn::Module;
@@ -67,13 +69,13 @@ const FORMAT: &str = "randlora compact 1";
 /// [`Error::Config`] for other adapters, and where the bases are not those of a seed, which is tried here;
 /// [`Error::Io`] where the folder cannot be written.
 pub fn save_compact<M: Module + ?Sized>(model: &M, folder: &Path, base_model: Option<&str>) -> Result<()> {
-    let Saved { config, bases, tensors } = Saved::of(model)?;
-    let Some(bases) = bases else {
-        let message = format!("the compact form leaves out RandLoRA's bases: {} has none", config.method);
+    let Saved { config, shared, sizes, tensors } = Saved::of(model)?;
+    let Some(Shared::RandLora(bases, origin)) = shared else {
+        let message = format!("the compact form leaves out RandLoRA's bases: {} has none", config.method());
         return Err(Error::config("adapter", message));
     };
     let about = json!({
-        "method": config.method,
+        "method": config.method(),
         "rank": config.rank,
         "scale": config.scale.to_string(),
         "dropout": config.dropout.to_string(),
@@ -81,7 +83,7 @@ pub fn save_compact<M: Module + ?Sized>(model: &M, folder: &Path, base_model: Op
         "modules": config.modules,
         "bias": match config.biases { Biases::None => "none", Biases::Adapted => "adapted", Biases::All => "all" },
         "base_model": base_model,
-        "bases": origin::to_json(&confirmed(&bases)?)?,
+        "bases": origin::to_json(&confirmed(&bases, origin, &sizes)?)?,
     });
     fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
     let metadata = [("format", FORMAT), ("adapter", &about.to_string())];
@@ -89,7 +91,7 @@ pub fn save_compact<M: Module + ?Sized>(model: &M, folder: &Path, base_model: Op
 }
 
 /// What the bases follow from: made again, they are the same wherever a layer reads them.
-fn confirmed(saved: &SavedBases) -> Result<BasesOrigin> {
+fn confirmed(bases: &Bases, origin: Option<BasesOrigin>, sizes: &[[usize; 2]]) -> Result<BasesOrigin> {
     let other = |origin| match origin {
         // The type is the machine's affair, and the file does not say.
         BasesOrigin::Torch(spec @ TorchBases { draw: TorchDraw::Uniform(DType::BF16), .. }) => {
@@ -97,8 +99,8 @@ fn confirmed(saved: &SavedBases) -> Result<BasesOrigin> {
         }
         _ => None,
     };
-    for origin in saved.origin.into_iter().chain(saved.origin.and_then(other)) {
-        if same(saved, &origin)? {
+    for origin in origin.into_iter().chain(origin.and_then(other)) {
+        if same(bases, sizes, &origin)? {
             return Ok(origin);
         }
     }
@@ -107,26 +109,24 @@ fn confirmed(saved: &SavedBases) -> Result<BasesOrigin> {
     Err(Error::config("bases", message))
 }
 
-fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
-    let (bases, rank) = (&saved.bases, saved.bases.rank());
+fn same(bases: &Bases, sizes: &[[usize; 2]], origin: &BasesOrigin) -> Result<bool> {
+    let rank = bases.rank();
     let mut again = origin.generate(bases.a().device())?;
-    let side =
-        |pick: fn(usize, usize) -> usize| saved.sizes.iter().map(|&[a, b]| pick(a, b)).max().unwrap_or(0);
+    let side = |pick: fn(usize, usize) -> usize| sizes.iter().map(|&[a, b]| pick(a, b)).max().unwrap_or(0);
     let (small, large) = (side(usize::min), side(usize::max));
     let read = small.div_ceil(rank);
     // Block bases may have been through PEFT's form, where they have their zeros.
     let mut bases = Bases::clone(bases);
-    if again.structure() == Structure::Block
-        && saved.sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read)
-    {
+    if again.structure() == Structure::Block && sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read) {
         (again, bases) = (again.dense(read)?, bases.dense(read)?);
     }
     let kind = |bases: &Bases| (bases.rank(), bases.structure(), bases.pairing());
-    if kind(&again) != kind(&bases) || again.a().dims()[1] < small || again.b().dims()[0] < large {
+    let made = again.b_shape().dims();
+    if kind(&again) != kind(&bases) || again.a().dims()[1] < small || made[0] < large {
         return Ok(false);
     }
     let dense = bases.structure() == Structure::Dense;
-    if dense && again.b().dims()[1] < read {
+    if dense && made[1] < read {
         return Ok(false);
     }
     let read_of = |x: &Tensor, cuts: &[(usize, usize)]| {
@@ -135,7 +135,8 @@ fn same(saved: &SavedBases, origin: &BasesOrigin) -> Result<bool> {
     };
     let (a, b) = ([(1, small)], [(0, large), (1, read)]);
     let b = if dense { &b[..] } else { &b[..1] };
-    Ok(read_of(bases.a(), &a)? == read_of(again.a(), &a)? && read_of(bases.b(), b)? == read_of(again.b(), b)?)
+    Ok(read_of(bases.a(), &a)? == read_of(again.a(), &a)?
+        && read_of(&bases.b()?, b)? == read_of(&again.b()?, b)?)
 }
 
 /// What a file says of its adapter.
@@ -169,7 +170,7 @@ pub(super) fn read(file: &SafeTensors) -> Result<(PeftConfig, BasesOrigin)> {
         targets: names("targets")?,
         modules: names("modules")?,
         biases,
-        ..PeftConfig::new("randlora", rank, scale, dropout)
+        ..PeftConfig::new(Kind::RandLora(None), rank, scale, dropout)
     };
     let bases = about.needed("bases", about.object("bases")?)?;
     Ok((config, origin::from_json(&bases)?))

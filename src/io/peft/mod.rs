@@ -4,20 +4,40 @@
 //!
 //! adapter_config.json and adapter_model.safetensors:
 //!
+//! | method, `peft_type` | tensors of a layer, after `base_model.model.<layer>` | once, after `base_model` | s |
+//! |---|---|---|---|
+//! | RandLoRA, `RANDLORA` | `.randlora_lambda` (r, n), `.randlora_gamma` (n, m) | `.randlora_A` (r, 1, MIN), `.randlora_B` (MAX, ⌈MIN/r⌉, r) | α/r |
+//! | LoRA, `LORA` | `.lora_A.weight` (r, in), `.lora_B.weight` (out, r) | | α/r; α/√r with `use_rslora` |
+//! | DoRA: LoRA with `use_dora` | LoRA's and `.lora_magnitude_vector` (out) | | as LoRA |
+//! | PiSSA: LoRA with `init_lora_weights: "pissa"` | LoRA's | | as LoRA |
+//! | VeRA, `VERA` | `.vera_lambda_b` (out), `.vera_lambda_d` (r) | `.vera_A` (r, IN), `.vera_B` (OUT, r) | 1 |
+//! | AdaLoRA, `ADALORA` | `.lora_A` (k, in), `.lora_B` (out, k), `.lora_E` (k, 1) | | α/(`init_r` + 1e-5) |
+//!
+//! and of each, where it applies,
+//!
 //! | tensor | shape |
 //! |---|---|
-//! | `base_model.model.<layer>.randlora_lambda`, `….randlora_gamma` | λ (r, n), γ (n, m) |
-//! | `base_model.randlora_A`, `base_model.randlora_B`, once for all layers | (r, 1, MIN), (MAX, ⌈MIN/r⌉, r) |
-//! | `base_model.model.<layer>.lora_A.weight`, `….lora_B.weight` | (r, in), (out, r) |
 //! | `base_model.model.<parameter>` of a module that is trained whole | its own |
 //! | `base_model.model.<layer>.base_layer.bias`, `base_model.model.<…>.bias` where biases are trained | (out) |
 //!
-//! MAX and MIN are the largest output and the largest input size of the adapted layers, put in order; a
-//! layer reads A[:, :, :m] and B[:D, :n, :]. Files from before PEFT's change #3714 hold A and B once
-//! for every layer: they are read if all are the same. Where the configuration says `save_projection: false`
-//! the file holds neither, and they are drawn as torch does ([`TorchBases`](crate::adapters::TorchBases)).
+//! PEFT has none of the other methods. Settings that are not known are kept when a folder is written again, and
+//! refused by their names where they say more than "no".
 //!
-//! What is written here says in its metadata, under `randlora_bases`, what the bases follow from.
+//! **What layers share.** OUT and IN are the largest output and the largest input size of the adapted layers, MAX and
+//! MIN the same put in order; a layer reads A[:, :, :m] and B[:D, :n, :], or A[:, :in] and B[:out]. Files from before
+//! PEFT's change #3714 hold RandLoRA's A and B once for every layer: they are read if all are the same. Where the
+//! configuration says `save_projection: false` the file holds neither, and they are drawn as torch does
+//! ([`TorchBases`](crate::adapters::TorchBases), [`TorchVera`](crate::adapters::TorchVera)). What is written here
+//! says in its metadata, under `randlora_bases`, what RandLoRA's bases follow from.
+//!
+//! **PiSSA.** The file has A and B; PEFT takes s·B₀·A₀, the principal part of the weight, out of the model whenever it
+//! loads one, by the SVD, and so does the adapter here. `pissa_niter_…` approximates that part with random numbers of
+//! the moment, in PEFT too: it is refused, as are other starts that change the model (`olora`, `corda`, `loftq`). What
+//! PEFT's `path_initial_model_for_weight_conversion` makes of them is plain LoRA.
+//!
+//! **AdaLoRA.** k is `init_r` until the ranks are chosen. Then `rank_pattern` has, under `<layer>.lora_E`, true for each
+//! of the `init_r` triplets that is left, and the file holds those alone; the scale stays. From such a file no more is
+//! taken away in training.
 //!
 //! The compact form and what bases follow from are described at [`save_compact`].
 
@@ -25,9 +45,16 @@ mod attach;
 mod bases;
 mod compact;
 mod config;
+mod describe;
+mod expression;
+mod form;
+mod kind;
+mod make;
+mod masks;
 mod origin;
 mod pattern;
 mod save;
+mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -38,12 +65,16 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::json::Object;
 use crate::io::map::Access;
+use crate::io::peft::form::{Form, Side};
+use crate::io::peft::kind::Kind;
 use crate::io::safetensors::SafeTensors;
 use crate::tensor::Tensor;
 
 pub use compact::save_compact;
 pub use config::{Biases, PeftConfig};
 pub use save::{PeftTask, save_peft};
+
+pub(super) use describe::has_form;
 
 const ROOT: &str = "base_model.";
 const MODEL: &str = "base_model.model.";
@@ -60,7 +91,7 @@ const ORIGIN: &str = "randlora_bases";
 /// use randlora::io::PeftAdapter;
 ///
 /// let adapter = PeftAdapter::open("sst2-adapter".as_ref())?;
-/// println!("{} of rank {}", adapter.config().method, adapter.config().rank);
+/// println!("{} of rank {}", adapter.config().method(), adapter.config().rank);
 /// adapter.attach(model)?;
 /// # Ok(())
 /// # }
@@ -77,16 +108,6 @@ pub struct PeftAdapter {
     /// What the file says that the bases follow from.
     origin: Option<BasesOrigin>,
 }
-
-/// The ends of the names of an adapter's tensors.
-fn parts(method: &str) -> [&'static str; 2] {
-    match method {
-        "lora" => [".lora_A.weight", ".lora_B.weight"],
-        _ => [".randlora_lambda", ".randlora_gamma"],
-    }
-}
-
-const BASES: [&str; 2] = ["randlora_A", "randlora_B"];
 
 impl PeftAdapter {
     /// Opens a folder.
@@ -116,7 +137,7 @@ impl PeftAdapter {
             let origin = origin.and_then(|object| origin::from_json(&object).ok());
             (config, file, origin)
         };
-        let (layers, whole) = names(&file, config.method)?;
+        let (layers, whole) = names(&file, config.form())?;
         let mut adapter = PeftAdapter { config, file, compact, layers, whole, origin };
         let what = folder.join(CONFIG).display().to_string();
         adapter.config.resolve(what, &adapter.layers)?;
@@ -142,7 +163,7 @@ impl PeftAdapter {
     /// The same adapter with its bases drawn in this type where the file holds none and PEFT drew uniform numbers:
     /// bf16, as PEFT does nearly everywhere, or f16, as on machines without bf16.
     pub fn drawn_in(mut self, dtype: DType) -> PeftAdapter {
-        if let Some((_, draw @ TorchDraw::Uniform(_))) = &mut self.config.draw {
+        if let Kind::RandLora(Some((_, draw @ TorchDraw::Uniform(_)))) = &mut self.config.kind {
             *draw = TorchDraw::Uniform(dtype);
         }
         self
@@ -163,24 +184,24 @@ impl PeftAdapter {
         Error::data(self.file.what(), message)
     }
 
-    /// The trained matrices of a layer by the names that they have in its adapter, as they are stored:
-    /// `lambda` (r, n) and `gamma` (n, m), or `a` (r, in) and `b` (out, r).
+    /// The trained tensors of a layer by the names that they have in its adapter, as they are stored:
+    /// `lambda` (r, n) and `gamma` (n, m), say, or `a` (r, in) and `b` (out, r).
     ///
     /// # Errors
     /// [`Error::Data`] where the file lacks one of them.
-    pub fn layer(&self, layer: &str, device: &Device) -> Result<[(&'static str, Tensor); 2]> {
-        let names = if self.config.method == "lora" { ["a", "b"] } else { ["lambda", "gamma"] };
-        let [first, second] =
-            parts(self.config.method).map(|part| self.file.tensor(&format!("{MODEL}{layer}{part}"), device));
-        Ok([(names[0], first?), (names[1], second?)])
+    pub fn layer(&self, layer: &str, device: &Device) -> Result<Vec<(&'static str, Tensor)>> {
+        let parts = self.config.form().parts.iter();
+        parts
+            .map(|part| Ok((part.name, self.file.tensor(&format!("{MODEL}{layer}{}", part.suffix), device)?)))
+            .collect()
     }
 }
 
 /// The adapted layers of a file, and its other parameters by the model's names with their keys.
-fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<String, String>)> {
+fn names(file: &SafeTensors, form: &Form) -> Result<(Vec<String>, BTreeMap<String, String>)> {
     let (mut layers, mut whole) = (BTreeSet::new(), BTreeMap::new());
     for (key, _) in file.entries() {
-        if BASES.iter().any(|name| key.ends_with(name)) {
+        if form.shared.iter().flatten().any(|name| key.ends_with(name)) {
             continue;
         }
         let Some(name) = key.strip_prefix(MODEL) else {
@@ -190,7 +211,7 @@ fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<Stri
         if name.contains(".original_module.") || name.contains(".modules_to_save.") {
             continue;
         }
-        match parts(method).iter().find_map(|part| name.strip_suffix(part)) {
+        match form.parts.iter().find_map(|part| name.strip_suffix(part.suffix)) {
             Some(layer) => drop(layers.insert(layer.to_string())),
             None => {
                 let name = name.replace(".base_layer.", ".");
@@ -202,25 +223,25 @@ fn names(file: &SafeTensors, method: &str) -> Result<(Vec<String>, BTreeMap<Stri
         }
     }
     if layers.is_empty() {
-        return Err(Error::data(file.what(), format!("there is no layer adapted by {method}")));
+        return Err(Error::data(file.what(), format!("there is no layer adapted by {}", form.method)));
     }
     Ok((layers.into_iter().collect(), whole))
 }
 
-/// An error unless the file has both tensors of a layer's adapter, of the rank that the configuration says,
+/// An error unless the file has all tensors of a layer's adapter, of the rank that the configuration says,
 /// and PEFT would give the layer one.
 fn check_layer(layer: &str, config: &PeftConfig, file: &SafeTensors) -> Result<()> {
-    let keys = parts(config.method).map(|part| format!("{MODEL}{layer}{part}"));
-    for (key, place) in keys.iter().zip([0, 1]) {
-        let Some(entry) = file.entry(key) else {
+    let (form, (rank, _)) = (config.form(), config.of(layer));
+    for part in form.parts {
+        let key = format!("{MODEL}{layer}{}", part.suffix);
+        let Some(entry) = file.entry(&key) else {
             let message = format!("there is no tensor `{key}`, which the layer's adapter needs");
             return Err(Error::data(file.what(), message));
         };
-        // λ (r, n) and γ (n, m), or A (r, in) and B (out, r).
-        let has_rank = config.method == "lora" || place == 0;
-        let (rank, _) = config.of(layer);
-        if entry.dims.len() != 2 || has_rank && entry.dims[place] != rank {
-            let message = format!("`{key}` is {:?}, but {CONFIG} says that `r` is {rank}", entry.dims);
+        let fits = |(&side, &size): (&Side, &usize)| side != Side::Rank || size == rank;
+        if entry.dims.len() != part.sides.len() || !part.sides.iter().zip(&entry.dims).all(fits) {
+            let message =
+                format!("`{key}` is {:?}, but {CONFIG} says that `{}` is {rank}", entry.dims, form.rank);
             return Err(Error::data(file.what(), message));
         }
     }

@@ -1,27 +1,59 @@
 //! PEFT's `rank_pattern` and `alpha_pattern`: settings of single layers, by parts of their names.
 
-/// Whether PEFT's pattern means a layer of this name, as Python's `re.match(r"(.*\.)?(pattern)$", name)` says;
-/// None for an expression with more than names, dots, `\.` and a leading `^` in it.
-pub(super) fn matches(pattern: &str, name: &str) -> Option<bool> {
-    let (whole, pattern) = match pattern.strip_prefix('^') {
-        Some(rest) => (true, rest),
-        None => (false, pattern),
+use serde_json::Value;
+
+use crate::error::Result;
+use crate::io::json::Object;
+use crate::io::peft::expression::matches;
+
+/// The ranks and alphas of these layers, of which the patterns may say something else than `usual`; nothing
+/// where there is no pattern.
+///
+/// # Errors
+/// [`Error::Data`](crate::Error::Data) for a pattern that is more than a name, or that another contradicts.
+pub(super) fn resolve(
+    file: &Object,
+    layers: &[String],
+    usual: (usize, f64),
+) -> Result<Vec<(String, (usize, f64))>> {
+    let patterns = |name: &str| match file.get(name) {
+        None => Ok(vec![]),
+        Some(Value::Object(patterns)) => Ok(patterns.iter().collect()),
+        Some(value) => Err(file.error(format!("`{name}` is {value}, not an object"))),
     };
-    // A dot stands for any character.
-    let mut wanted: Vec<Option<char>> = Vec::new();
-    let mut characters = pattern.chars();
-    while let Some(c) = characters.next() {
-        wanted.push(match c {
-            '.' => None,
-            '\\' => Some(characters.next().filter(|c| c.is_ascii_punctuation())?),
-            '^' | '$' | '*' | '+' | '?' | '{' | '}' | '[' | ']' | '(' | ')' | '|' => return None,
-            c => Some(c),
-        });
+    let (ranks, alphas) = (patterns("rank_pattern")?, patterns("alpha_pattern")?);
+    if ranks.is_empty() && alphas.is_empty() {
+        return Ok(vec![]);
     }
-    let name: Vec<char> = name.chars().collect();
-    let Some(before) = name.len().checked_sub(wanted.len()) else { return Some(false) };
-    let same = wanted.iter().zip(&name[before..]).all(|(wanted, c)| wanted.is_none_or(|wanted| wanted == *c));
-    Some(same && (before == 0 || !whole && name[before - 1] == '.'))
+    let of = |layer: &String| {
+        let rank = found(file, "rank_pattern", &ranks, layer)?.unwrap_or(usual.0 as f64);
+        if !(rank >= 1.0 && rank.fract() == 0.0 && rank < u32::MAX as f64) {
+            return Err(file.error(format!("`rank_pattern` gives `{layer}` the rank {rank}")));
+        }
+        let alpha = found(file, "alpha_pattern", &alphas, layer)?.unwrap_or(usual.1);
+        Ok((layer.clone(), (rank as usize, alpha)))
+    };
+    layers.iter().map(of).collect()
+}
+
+/// What patterns say of a layer. In PEFT the first that matches counts, in the order of the file; another order of
+/// keys that mean the same layer would be another adapter, so these must agree.
+fn found(file: &Object, name: &str, patterns: &[(&String, &Value)], layer: &str) -> Result<Option<f64>> {
+    let mut found: Option<f64> = None;
+    for (pattern, value) in patterns {
+        let fail = |message: &str| file.error(format!("`{name}`: `{pattern}` {message}"));
+        let meant =
+            matches(pattern, layer).ok_or_else(|| fail("is an expression: name the layers one by one"))?;
+        let value = value.as_f64().ok_or_else(|| fail("has no number"))?;
+        match found {
+            Some(other) if meant && other != value => {
+                return Err(fail(&format!("contradicts another pattern for `{layer}`")));
+            }
+            _ if meant => found = Some(value),
+            _ => {}
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -54,7 +86,7 @@ mod tests {
 
     #[test]
     fn expressions_are_not_guessed_at() {
-        for pattern in [r"layer\.\d.*query", "(query|key)", "layer.[01].query", "que?ry", r"query\"] {
+        for pattern in [r"(a)\1", "(?i)query", "a++", r"query\"] {
             assert_eq!(matches(pattern, "query"), None, "{pattern}");
         }
     }

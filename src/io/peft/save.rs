@@ -1,22 +1,22 @@
 //! A model's adapters as a folder that PEFT reads.
 
-use std::any::Any;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 
-use crate::adapters::{BasesOrigin, LoraAdapter, RandLoraAdapter, Targets, TorchBases};
+use crate::adapters::{BasesOrigin, Targets, TorchBases};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::files::io_error;
 use crate::io::peft::compact::save_compact;
+use crate::io::peft::describe::{describe, values};
+use crate::io::peft::kind::Kind;
+use crate::io::peft::shared::Shared;
 use crate::io::peft::{
-    Biases, CONFIG, MODEL, ORIGIN, PeftAdapter, PeftConfig, ROOT, TENSORS, module_of, origin, parts,
+    Biases, CONFIG, MODEL, ORIGIN, PeftAdapter, PeftConfig, ROOT, TENSORS, module_of, origin,
 };
 use crate::io::safetensors::{FileType, save_safetensors};
 use crate::nn::{Linear, Module, Parameter};
-use crate::ops::randlora::{Bases, Pairing, Structure};
 use crate::tensor::Tensor;
 
 /// What the file says beside the numbers.
@@ -34,27 +34,32 @@ pub struct PeftTask {
 /// The two files are each written whole; what was there under their names is replaced.
 ///
 /// # Errors
-/// [`Error::Config`] for a model without adapters, with adapters of several kinds or settings, or with
-/// RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
+/// [`Error::Config`] for a model without adapters, with adapters that PEFT does not have, of several kinds or
+/// settings, or with RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
 /// PEFT cannot express: attach with [`Pairing::Peft`]. [`Error::Io`] where the folder cannot be written.
 pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
-    let Saved { config, bases, tensors } = Saved::of(model)?;
-    let mut config = PeftConfig { base_model: task.base_model.clone(), ..config };
+    let saved = Saved::of(model)?;
+    let mut config = PeftConfig { base_model: task.base_model.clone(), ..saved.config.clone() };
     let mut metadata = vec![("format", "pt".to_string())];
-    match bases.as_ref().and_then(|bases| bases.origin) {
-        Some(BasesOrigin::Torch(TorchBases { key, draw, .. })) => config.draw = Some((key, draw)),
-        Some(origin) => metadata.push((ORIGIN, origin::to_json(&origin)?.to_string())),
-        None => {}
+    match &saved.shared {
+        Some(Shared::RandLora(_, Some(BasesOrigin::Torch(TorchBases { key, draw, .. })))) => {
+            config.kind = Kind::RandLora(Some((*key, *draw)));
+        }
+        Some(Shared::RandLora(_, Some(origin))) => {
+            metadata.push((ORIGIN, origin::to_json(origin)?.to_string()));
+        }
+        _ => {}
     }
+    let tensors = [saved.shared_tensors()?, saved.tensors].concat();
     fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
-    write_tensors(&folder.join(TENSORS), with_bases(tensors, bases)?, &metadata)?;
+    write_tensors(&folder.join(TENSORS), tensors, &metadata)?;
     config.write(&folder.join(CONFIG), task.name.as_deref())
 }
 
 impl PeftAdapter {
     /// Saves a model's adapters to a folder in the form of this one, which they come from and may have been
-    /// trained on since: what the configuration says beside is kept, RandLoRA's bases stay out of the file where
-    /// they were, and a tensor that was stored in bf16 or f16 is again, where that type holds its values.
+    /// trained on since: what the configuration says beside is kept, what layers share stays out of the file where
+    /// it was, and a tensor that was stored in bf16 or f16 is again, where that type holds its values.
     ///
     /// An adapter that was only loaded is saved bit for bit, apart from copies of the bases below the layers.
     ///
@@ -65,23 +70,23 @@ impl PeftAdapter {
         if self.compact {
             return save_compact(model, folder, self.config.base_model.as_deref());
         }
-        let Saved { config, bases, tensors } = Saved::of(model)?;
-        let settings = |c: &PeftConfig| (c.method, c.rank, c.scale.to_bits(), c.dropout.to_bits());
-        if self.config.layers.is_empty() && settings(&config) != settings(&self.config) {
+        let saved = Saved::of(model)?;
+        let settings = |c: &PeftConfig| (c.method(), c.rank, c.scale.to_bits(), c.dropout.to_bits());
+        if self.config.layers.is_empty() && settings(&saved.config) != settings(&self.config) {
             let message = "the model's has other settings than the folder that it should be saved like: use `save_peft`";
             return Err(Error::config("adapter", message));
         }
-        fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
-        let bases = bases.filter(|_| self.config.stored);
-        let tensors = with_bases(tensors, bases)?;
-        let tensors: Vec<(String, Tensor)> = tensors
+        let shared = if self.config.stored { saved.shared_tensors()? } else { vec![] };
+        let tensors: Vec<(String, Tensor)> = shared
             .into_iter()
+            .chain(saved.tensors)
             .map(|(key, x)| Ok((key.clone(), self.narrowed(&key, x)?)))
             .collect::<Result<_>>()?;
+        fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
         let metadata: Vec<(&str, String)> =
             self.file.metadata().iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
         write_tensors(&folder.join(TENSORS), tensors, &metadata)?;
-        self.config.rewrite(&folder.join(CONFIG), &config.modules)
+        self.config.rewrite(&folder.join(CONFIG), &saved.config)
     }
 
     /// The tensor in the type that it had in the file, if that holds its values.
@@ -103,19 +108,14 @@ fn write_tensors(path: &Path, tensors: Vec<(String, Tensor)>, metadata: &[(&str,
     save_safetensors(path, &tensors, &metadata)
 }
 
-/// RandLoRA's bases as a model has them.
-pub(super) struct SavedBases {
-    pub(super) bases: Arc<Bases>,
-    pub(super) origin: Option<BasesOrigin>,
-    /// The inputs and outputs of the layers that read them.
-    pub(super) sizes: Vec<[usize; 2]>,
-}
-
 /// What of a model goes into a file.
 pub(super) struct Saved {
     pub(super) config: PeftConfig,
-    pub(super) bases: Option<SavedBases>,
-    /// All tensors but the bases, by their keys.
+    /// What all layers share.
+    pub(super) shared: Option<Shared>,
+    /// The inputs and outputs of the layers.
+    pub(super) sizes: Vec<[usize; 2]>,
+    /// All tensors but those that layers share, by their keys.
     pub(super) tensors: Vec<(String, Tensor)>,
 }
 
@@ -123,13 +123,13 @@ impl Saved {
     pub(super) fn of<M: Module + ?Sized>(model: &M) -> Result<Saved> {
         let layers: Vec<(String, &Linear)> =
             model.linears().into_iter().filter(|(_, layer)| layer.adapter().is_some()).collect();
-        let (config, bases) = describe(&layers)?;
+        let (config, shared) = describe(&layers)?;
         let (mut tensors, mut own) = (Vec::new(), BTreeSet::new());
         for (name, layer) in &layers {
             let Some(adapter) = layer.adapter() else { continue };
-            for ((part, parameter), suffix) in adapter.parameters().into_iter().zip(parts(config.method)) {
-                own.insert(format!("{name}.{}.{part}", config.method));
-                tensors.push((format!("{MODEL}{name}{suffix}"), parameter.value().clone()));
+            for (value, part) in values(adapter)?.into_iter().zip(config.form().parts) {
+                own.insert(format!("{name}.{}.{}", config.method(), part.name));
+                tensors.push((format!("{MODEL}{name}{}", part.suffix), value));
             }
         }
         let parameters: Vec<(String, &Parameter)> =
@@ -154,8 +154,16 @@ impl Saved {
         let targets = targets(model, &layers, &modules);
         let config = PeftConfig { targets, modules, biases, ..config };
         let sizes = layers.iter().map(|(_, layer)| [layer.inputs(), layer.outputs()]).collect();
-        let bases = bases.map(|(bases, origin)| SavedBases { bases, origin, sizes });
-        Ok(Saved { config, bases, tensors })
+        Ok(Saved { config, shared, sizes, tensors })
+    }
+
+    /// The tensors that layers share, by their keys.
+    fn shared_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let (Some(shared), Some(names)) = (&self.shared, self.config.form().shared) else {
+            return Ok(vec![]);
+        };
+        let keys = names.map(|name| format!("{ROOT}{name}"));
+        Ok(keys.into_iter().zip(shared.stored(&self.sizes)?).collect())
     }
 }
 
@@ -190,88 +198,6 @@ fn biases<'a>(
         others.any(|(_, p)| p.is_trainable())
     };
     Ok((Biases::All, names(biases().filter(|(name, _)| !whole(module_of(name))).collect())))
-}
-
-type Shared = Option<(Arc<Bases>, Option<BasesOrigin>)>;
-
-/// The settings and the bases that all adapters share.
-fn describe(layers: &[(String, &Linear)]) -> Result<(PeftConfig, Shared)> {
-    let mut common: Option<(PeftConfig, Shared)> = None;
-    for (name, layer) in layers {
-        let Some(adapter) = layer.adapter() else { continue };
-        let any: &dyn Any = adapter;
-        let (this, bases) = if let Some(a) = any.downcast_ref::<RandLoraAdapter>() {
-            let config = PeftConfig::new("randlora", a.bases().rank(), a.scale(), a.dropout());
-            (config, Some((a.bases().clone(), a.origin())))
-        } else if let Some(a) = any.downcast_ref::<LoraAdapter>() {
-            (PeftConfig::new("lora", a.rank(), a.scale(), a.dropout()), None)
-        } else {
-            let message = format!("`{name}` has one of {}, which has no form in PEFT here", adapter.method());
-            return Err(Error::config("adapter", message));
-        };
-        let Some((config, shared)) = &mut common else {
-            common = Some((this, bases));
-            continue;
-        };
-        let same_bases = match (shared, &bases) {
-            (Some((a, _)), Some((b, _))) => Arc::ptr_eq(a, b),
-            (a, b) => a.is_none() && b.is_none(),
-        };
-        let own = (this.rank, this.scale);
-        let same_settings = own == (config.rank, config.scale) || config.method == "lora";
-        if !(same_bases && same_settings && config.method == this.method && config.dropout == this.dropout) {
-            let message =
-                format!("`{name}` has other settings than the layers before it: PEFT's file holds one set");
-            return Err(Error::config("adapter", message));
-        }
-        if own != (config.rank, config.scale) {
-            config.layers.insert(name.clone(), own);
-        }
-    }
-    common.ok_or_else(|| Error::config("adapter", "the model has none to save"))
-}
-
-/// The tensors with the bases before them.
-fn with_bases(tensors: Vec<(String, Tensor)>, bases: Option<SavedBases>) -> Result<Vec<(String, Tensor)>> {
-    let Some(SavedBases { bases, sizes, .. }) = bases else { return Ok(tensors) };
-    if (bases.structure(), bases.pairing()) == (Structure::Dense, Pairing::Paper) {
-        let message = "PEFT pairs the bases in its own way: attach with `pairing: Pairing::Peft`";
-        return Err(Error::config("pairing", message));
-    }
-    let [a, b] = stored(&bases, &sizes)?;
-    Ok([(format!("{ROOT}randlora_A"), a), (format!("{ROOT}randlora_B"), b)]
-        .into_iter()
-        .chain(tensors)
-        .collect())
-}
-
-/// A (r, 1, MIN) and B (MAX, ⌈MIN/r⌉, r) at the sizes that PEFT makes them, block bases with their zeros;
-/// what the bases lack no layer reads, and it is 0.
-fn stored(bases: &Bases, sizes: &[[usize; 2]]) -> Result<[Tensor; 2]> {
-    let largest = |side: usize| sizes.iter().map(|sizes| sizes[side]).max().unwrap_or(0);
-    let (inputs, outputs) = (largest(0), largest(1));
-    let (small, large, rank) = (inputs.min(outputs), inputs.max(outputs), bases.rank());
-    let mut counts = sizes.iter().map(|[inputs, outputs]| inputs.min(outputs).div_ceil(rank));
-    let n = counts.next().unwrap_or(0);
-    if bases.structure() == Structure::Block && counts.any(|other| other != n) {
-        let message = "PEFT's file has one B, but which row of block bases is whose follows from a layer's smaller \
-                       side, and these layers have several: use dense bases";
-        return Err(Error::config("bases", message));
-    }
-    let fit = |x: &Tensor, dim: usize, size: usize| {
-        let x = x.slice(dim, 0..size.min(x.dims()[dim]))?;
-        pad(&x, dim, size)
-    };
-    let bases = bases.dense(n)?;
-    let (a, b) = (bases.a().to_dtype(DType::F32)?, bases.b().to_dtype(DType::F32)?);
-    let b = fit(&fit(&b, 0, large)?, 1, small.div_ceil(rank))?;
-    Ok([fit(&a, 1, small)?.unsqueeze(1)?, b])
-}
-
-/// Zeros after a dimension until it has this size.
-fn pad(x: &Tensor, dim: usize, size: usize) -> Result<Tensor> {
-    let missing = x.shape().with_dim(dim, size - x.dims()[dim])?;
-    Tensor::concat(&[x, &Tensor::zeros(missing, x.dtype(), x.device())?], dim)
 }
 
 /// The last parts of the layers' names, if they mean no other layers, else the whole names.

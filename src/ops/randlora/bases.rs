@@ -1,13 +1,14 @@
 //! The random matrices that the layers of a model share, and what is where in them.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::plan::Sizes;
 use crate::compute;
 use crate::cpu::gemm::Mat;
+use crate::cpu::ternary::Ternary;
 use crate::cpu::{Float, dispatch};
 use crate::device::Device;
-use crate::dtype::DType;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
@@ -41,14 +42,71 @@ pub enum Structure {
     Block,
 }
 
+/// What there is of B in memory, which decides what products with it cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Form {
+    /// Every entry.
+    Dense,
+    /// The entries of one basis in every row: [`Structure::Block`].
+    Block,
+    /// Of bases of −v, 0 and v with few entries that are not 0, where these are.
+    Ternary {
+        /// The share of the entries that are not 0.
+        share: f64,
+    },
+}
+
+impl From<Structure> for Form {
+    fn from(structure: Structure) -> Form {
+        match structure {
+            Structure::Dense => Form::Dense,
+            Structure::Block => Form::Block,
+        }
+    }
+}
+
+/// The share of entries other than 0 up to which ternary bases are stored by their places: where products
+/// with them are clearly cheaper than dense ones (see `cpu::ternary`). Very sparse bases are below it from
+/// 100 columns on, sparse ones (1/3) and signs are not.
+const FEW: f64 = 0.2;
+
+/// B as it is stored.
+#[derive(Clone, Debug)]
+enum Stored {
+    Dense(Tensor),
+    Block(Tensor),
+    Ternary {
+        places: Arc<Ternary>,
+        /// v.
+        value: f64,
+    },
+}
+
+/// A layer's part of B.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum B<'a, T> {
+    Whole(Whole<'a, T>),
+    /// D×r.
+    Block(Mat<'a, T>),
+}
+
+/// A layer's part of a B of which every row belongs to all bases.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Whole<'a, T> {
+    /// D×c.
+    Dense(Mat<'a, T>),
+    /// B/v, of which the layer's part is the first D×c.
+    Ternary(&'a Ternary),
+}
+
 /// The random matrices that all layers of a model share: A (r×M) and B, of which a layer with
 /// smaller side m, larger side d and n = ⌈m/r⌉ bases uses A[:, :m] and B[:d, :n, :] of dense bases
 /// (D×N×r) or B[:d, :] of block bases (D×r).
 #[derive(Clone, Debug)]
 pub struct Bases {
     a: Tensor,
-    b: Tensor,
-    structure: Structure,
+    b: Stored,
+    b_shape: Shape,
     pairing: Pairing,
     /// The n of the factor √n that block bases were made with.
     made_for: usize,
@@ -58,7 +116,8 @@ pub struct Bases {
 
 impl Bases {
     /// Dense bases with these matrices: A of shape (r, M), B of shape (D, N, r), both f32 or both
-    /// f64.
+    /// f64. A B of −v, 0 and v with few that are not 0, as of very sparse bases, is stored by their places:
+    /// n times smaller and products with it cheaper ([`Form::Ternary`]).
     pub fn new(a: &Tensor, b: &Tensor, pairing: Pairing) -> Result<Bases> {
         let (&[rank, _], &[_, _, b_rank]) = (a.dims(), b.dims()) else {
             let message = format!("A is {}, not (r, M), or B is {}, not (D, N, r)", a.shape(), b.shape());
@@ -98,8 +157,13 @@ impl Bases {
                 format!("{} only stores: cast with `to_dtype(DType::F32)`", a.dtype()),
             ));
         }
-        let (a, b) = (compute::contiguous(&a.on_host()?)?, compute::contiguous(&b.on_host()?)?);
-        Ok(Bases { a, b, structure, pairing, made_for, on_device: OnceLock::new() })
+        let (a, b_shape) = (compute::contiguous(&a.on_host()?)?, *b.shape());
+        let b = compute::contiguous(&b.on_host()?)?;
+        let b = match structure {
+            Structure::Block => Stored::Block(b),
+            Structure::Dense => dispatch!("bases", b.dtype(), T => Stored::of::<T>(b))?,
+        };
+        Ok(Bases { a, b, b_shape, pairing, made_for, on_device: OnceLock::new() })
     }
 
     /// r: the rank of one basis.
@@ -112,14 +176,47 @@ impl Bases {
         &self.a
     }
 
-    /// B, of shape (D, N, r), or (D, r) of block bases.
-    pub fn b(&self) -> &Tensor {
-        &self.b
+    /// B, of shape (D, N, r), or (D, r) of block bases. One that is stored by places is written out.
+    pub fn b(&self) -> Result<Tensor> {
+        match &self.b {
+            Stored::Dense(b) | Stored::Block(b) => Ok(b.clone()),
+            Stored::Ternary { places, value } => dispatch!("bases", self.a.dtype(), T => {
+                let mut b = self.a.device().host().buffer::<T>(self.b_shape.numel())?;
+                places.write_out(T::from_f64(*value), self.b_shape[1] * self.b_shape[2], &mut b);
+                Ok(Tensor::from_buffer(b, self.b_shape, self.a.device()))
+            }),
+        }
+    }
+
+    /// The shape of B.
+    pub fn b_shape(&self) -> &Shape {
+        &self.b_shape
+    }
+
+    /// The memory that both take as they are stored.
+    pub fn bytes(&self) -> usize {
+        let of = |x: &Tensor| x.numel() * x.dtype().size();
+        of(&self.a)
+            + match &self.b {
+                Stored::Dense(b) | Stored::Block(b) => of(b),
+                Stored::Ternary { places, .. } => places.bytes(),
+            }
     }
 
     /// Which rows of B a basis has.
     pub fn structure(&self) -> Structure {
-        self.structure
+        if let Stored::Block(_) = self.b { Structure::Block } else { Structure::Dense }
+    }
+
+    /// What there is of B in memory.
+    pub fn form(&self) -> Form {
+        match &self.b {
+            Stored::Dense(_) => Form::Dense,
+            Stored::Block(_) => Form::Block,
+            Stored::Ternary { places, .. } => {
+                Form::Ternary { share: places.count() as f64 / self.b_shape.numel() as f64 }
+            }
+        }
     }
 
     /// Which row of the scaled A meets which column of B.
@@ -129,7 +226,15 @@ impl Bases {
 
     /// The same bases in another type. f32 to f64 is exact.
     pub fn to_dtype(&self, dtype: DType) -> Result<Bases> {
-        let (a, b, on_device) = (self.a.to_dtype(dtype)?, self.b.to_dtype(dtype)?, OnceLock::new());
+        let b = match &self.b {
+            Stored::Dense(b) => Stored::Dense(b.to_dtype(dtype)?),
+            Stored::Block(b) => Stored::Block(b.to_dtype(dtype)?),
+            Stored::Ternary { places, value } => {
+                let value = dispatch!("bases", dtype, T => Ok(T::from_f64(*value).to_f64()))?;
+                Stored::Ternary { places: places.clone(), value }
+            }
+        };
+        let (a, on_device) = (self.a.to_dtype(dtype)?, OnceLock::new());
         Ok(Bases { a, b, on_device, ..*self })
     }
 
@@ -140,17 +245,25 @@ impl Bases {
         {
             return Ok((a.clone(), b.clone()));
         }
-        let moved = (self.a.moved(device)?, self.b.moved(device)?);
+        let moved = (self.a.moved(device)?, self.b()?.moved(device)?);
         // Of two that come at once, or of two devices, the first one's stay.
         let _ = self.on_device.set(moved.clone());
         Ok(moved)
     }
 
-    /// What the entries of B are multiplied by in a layer with `n` bases.
+    /// What the entries of B, as it is stored, are multiplied by in a layer with `n` bases.
     pub(super) fn factor(&self, n: usize) -> f64 {
-        match self.structure {
-            Structure::Dense => 1.0,
-            Structure::Block => (n as f64 / self.made_for as f64).sqrt(),
+        match self.b {
+            Stored::Ternary { value, .. } => value,
+            _ => self.factor_of_b(n),
+        }
+    }
+
+    /// What the entries of [`Bases::b`] are multiplied by in a layer with `n` bases.
+    pub(super) fn factor_of_b(&self, n: usize) -> f64 {
+        match self.b {
+            Stored::Block(_) => (n as f64 / self.made_for as f64).sqrt(),
+            Stored::Dense(_) | Stored::Ternary { .. } => 1.0,
         }
     }
 
@@ -163,40 +276,38 @@ impl Bases {
     /// # Errors
     /// [`Error::Shape`] for sizes beyond memory.
     pub fn dense(&self, n: usize) -> Result<Bases> {
-        if self.structure == Structure::Dense {
-            return Ok(self.clone());
-        }
-        let b = dispatch!("bases", self.b.dtype(), T => self.written_out::<T>(n))?;
+        let Stored::Block(b) = &self.b else { return Ok(self.clone()) };
+        let b = dispatch!("bases", b.dtype(), T => self.written_out::<T>(b, n))?;
         Bases::new(&self.a, &b, Pairing::Peft)
     }
 
-    /// B of block bases as (D, n, r).
-    fn written_out<T: Float>(&self, n: usize) -> Result<Tensor> {
+    /// This B of block bases as (D, n, r).
+    fn written_out<T: Float>(&self, b: &Tensor, n: usize) -> Result<Tensor> {
         let rank = self.rank();
-        let shape = Shape::new(&[self.b.dims()[0], n, rank])?;
-        let mut dense = self.b.device().host().buffer::<T>(shape.numel())?;
+        let shape = Shape::new(&[b.dims()[0], n, rank])?;
+        let mut dense = b.device().host().buffer::<T>(shape.numel())?;
         dense.fill(T::ZERO);
         let factor = T::from_f64(self.factor(n));
-        let rows = self.b.elements::<T>()?.chunks(rank).zip(dense.chunks_mut((n * rank).max(1)));
+        let rows = b.elements::<T>()?.chunks(rank).zip(dense.chunks_mut((n * rank).max(1)));
         for (d, (row, dense)) in rows.enumerate() {
             let places = dense.iter_mut().skip(d / rank % n.max(1)).step_by(n.max(1));
             places.zip(row).for_each(|(place, &entry)| *place = factor * entry);
         }
-        Ok(Tensor::from_buffer(dense, shape, self.b.device()))
+        Ok(Tensor::from_buffer(dense, shape, b.device()))
     }
 
     /// The reverse of [`Bases::dense`]: the block bases of which that makes these, if there are any.
     pub(crate) fn blocks(&self, n: usize) -> Result<Option<Bases>> {
-        dispatch!("bases", self.b.dtype(), T => self.blocks_of::<T>(n))
+        dispatch!("bases", self.a.dtype(), T => self.blocks_of::<T>(&self.b()?, n))
     }
 
-    fn blocks_of<T: Float>(&self, n: usize) -> Result<Option<Bases>> {
-        let &[large, bases, rank] = self.b.dims() else { return Ok(None) };
+    fn blocks_of<T: Float>(&self, b: &Tensor, n: usize) -> Result<Option<Bases>> {
+        let &[large, bases, rank] = b.dims() else { return Ok(None) };
         if n < 2 || n > bases || self.pairing != Pairing::Peft {
             return Ok(None);
         }
         let mut blocks = Vec::with_capacity(large * rank);
-        for (d, row) in self.b.elements::<T>()?.chunks(bases * rank).enumerate() {
+        for (d, row) in b.elements::<T>()?.chunks(bases * rank).enumerate() {
             for (q, &entry) in row.iter().enumerate() {
                 if q < n * rank && q % n == d / rank % n {
                     blocks.push(entry);
@@ -205,14 +316,14 @@ impl Bases {
                 }
             }
         }
-        let b = Tensor::from_vec(blocks, [large, rank], self.b.device())?;
+        let b = Tensor::from_vec(blocks, [large, rank], b.device())?;
         Bases::block(&self.a, &b, n).map(Some)
     }
 
     /// An error where a layer is larger than the bases.
     pub(crate) fn check(&self, sizes: Sizes) -> Result<()> {
-        let b = self.b.dims();
-        let enough = self.structure == Structure::Block || sizes.bases() <= b[1];
+        let b = self.b_shape.dims();
+        let enough = self.structure() == Structure::Block || sizes.bases() <= b[1];
         if sizes.small() <= self.a.dims()[1] && sizes.large() <= b[0] && enough {
             return Ok(());
         }
@@ -221,21 +332,37 @@ impl Bases {
             sizes.outputs,
             sizes.inputs,
             self.a.shape(),
-            self.b.shape()
+            self.b_shape
         );
         Err(Error::shape("randlora", message))
     }
 
-    /// A layer's parts of A (r×m) and B: D×c with c = n·r, or D×r of block bases.
-    pub(super) fn layer<T: Float>(&self, sizes: Sizes) -> Result<(Mat<'_, T>, Mat<'_, T>)> {
+    /// A layer's parts of A (r×m) and B.
+    pub(super) fn layer<T: Float>(&self, sizes: Sizes) -> Result<(Mat<'_, T>, B<'_, T>)> {
         self.check(sizes)?;
-        let (rank, b) = (self.rank(), self.b.dims());
+        let (rank, dims) = (self.rank(), self.b_shape.dims());
         let a = Mat::new(self.a.elements::<T>()?, rank, self.a.dims()[1]).columns(0, sizes.small());
-        let (width, columns) = match self.structure {
-            Structure::Dense => (b[1] * rank, sizes.columns()),
-            Structure::Block => (rank, rank),
+        let rows = |b, width| Mat::new(b, dims[0], width).rows(0, sizes.large());
+        let b = match &self.b {
+            Stored::Dense(b) => {
+                let b = rows(b.elements::<T>()?, dims[1] * rank).columns(0, sizes.columns());
+                B::Whole(Whole::Dense(b))
+            }
+            Stored::Block(b) => B::Block(rows(b.elements::<T>()?, rank)),
+            Stored::Ternary { places, .. } => B::Whole(Whole::Ternary(places)),
         };
-        let b = Mat::new(self.b.elements::<T>()?, b[0], width);
-        Ok((a, b.rows(0, sizes.large()).columns(0, columns)))
+        Ok((a, b))
+    }
+}
+
+impl Stored {
+    /// Dense bases in the form that is cheapest for their entries.
+    fn of<T: Float>(b: Tensor) -> Result<Stored> {
+        let columns = b.dims()[1..].iter().product();
+        let ternary = Ternary::of::<T>(b.device().host(), b.elements()?, columns, FEW)?;
+        Ok(match ternary {
+            Some((places, value)) => Stored::Ternary { places: Arc::new(places), value: value.to_f64() },
+            None => Stored::Dense(b),
+        })
     }
 }

@@ -45,13 +45,19 @@ fn blocks_of<'a, T: Float>(
 }
 
 /// h ← v·B_Q.
-pub(super) fn collect<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) {
+pub(super) fn collect<T: Float>(
+    layer: &Layer<'_, T>,
+    b: Mat<'_, T>,
+    q: &Range<usize>,
+    v: Mat<'_, T>,
+    h: &mut [T],
+) {
     let (rank, bases, at_once) = (layer.sizes.rank, layer.sizes.bases(), tokens_at_once(v.rows));
     parallel::chunks(h, at_once * q.len(), &|i, h| {
         let count = h.len() / q.len();
         let v = v.rows(i * at_once, count);
         for (block, place, columns) in blocks_of(layer, q) {
-            let b = layer.b.rows(block.rows.start, block.rows.len()).columns(columns.start, columns.len());
+            let b = b.rows(block.rows.start, block.rows.len()).columns(columns.start, columns.len());
             let v = v.columns(block.rows.start, block.rows.len());
             let h = MatMut::new(h, count, q.len()).columns(place.start, place.len());
             // The first block of a basis begins its sums.
@@ -62,13 +68,19 @@ pub(super) fn collect<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, v: Mat<'
 }
 
 /// v += s·z·B_Qᵀ.
-pub(super) fn spread<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) {
+pub(super) fn spread<T: Float>(
+    layer: &Layer<'_, T>,
+    b: Mat<'_, T>,
+    q: &Range<usize>,
+    z: Mat<'_, T>,
+    v: &mut [T],
+) {
     let (large, at_once) = (layer.sizes.large(), tokens_at_once(z.rows));
     parallel::chunks(v, at_once * large, &|i, v| {
         let count = v.len() / large;
         let z = z.rows(i * at_once, count);
         for (block, place, columns) in blocks_of(layer, q) {
-            let b = layer.b.rows(block.rows.start, block.rows.len()).columns(columns.start, columns.len());
+            let b = b.rows(block.rows.start, block.rows.len()).columns(columns.start, columns.len());
             let v = MatMut::new(v, count, large).columns(block.rows.start, block.rows.len());
             gemm(layer.scale, z.columns(place.start, place.len()), b.t(), T::ONE, v, Threads::One);
         }
@@ -79,8 +91,8 @@ pub(super) fn spread<T: Float>(layer: &Layer<'_, T>, q: &Range<usize>, z: Mat<'_
 /// rows of adjacent elements, plus ΔW̃; or ΔW̃ alone. `left` has room for |d|·r elements.
 pub(super) fn build<T: Float>(
     layer: &Layer<'_, T>,
-    d: Range<usize>,
-    j: Range<usize>,
+    b: Mat<'_, T>,
+    (d, j): (Range<usize>, Range<usize>),
     base: Option<Mat<'_, T>>,
     left: &mut [T],
     out: &mut [T],
@@ -88,7 +100,7 @@ pub(super) fn build<T: Float>(
     let (rank, bases) = (layer.sizes.rank, layer.sizes.bases());
     parallel::rows(left, rank, rank, &|first, left| {
         for (row, left) in (d.start + first..).zip(left.chunks_mut(rank)) {
-            let (basis, b) = (row / rank % bases, &layer.b.data[row * layer.b.row..]);
+            let (basis, b) = (row / rank % bases, &b.data[row * b.row..]);
             for (k, left) in left.iter_mut().enumerate() {
                 *left = layer.scale * b[k] * layer.lambda_at(basis, k);
             }
@@ -99,7 +111,8 @@ pub(super) fn build<T: Float>(
         false => (left, a, d.len(), j.len()),
         true => (a.t(), left.t(), j.len(), d.len()),
     };
-    gemm(T::ONE, left, a, T::ZERO, MatMut::new(out, rows, width), Threads::Pool);
+    let pool = Threads::Pool(layer.weight.device().host());
+    gemm(T::ONE, left, a, T::ZERO, MatMut::new(out, rows, width), pool);
     parallel::rows(out, width, width, &|first, out| {
         for (row, out) in (first..).zip(out.chunks_mut(width)) {
             let base = base.map(|base| &base.data[row * base.row..][..width]);

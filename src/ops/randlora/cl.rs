@@ -124,7 +124,7 @@ impl<'a> ClLayer<'a> {
         Ok(ClLayer {
             sizes,
             bases,
-            scale: scale * bases.factor(sizes.bases()),
+            scale: scale * bases.factor_of_b(sizes.bases()),
             panel: plan.panel,
             weight: if wide { compute::transpose(weight)? } else { weight.detach() },
             a,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::layer::{Diagonals, Layer, Tokens, pieces};
 use super::plan::Plan;
 use crate::cpu::Float;
-use crate::cpu::gemm::{Mat, MatMut};
+use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 
@@ -56,7 +56,7 @@ impl<'a, T: Float> Walk<'a, T> {
         let c = Mat::new(&self.c[..q.len() * small], q.len(), small);
         let z = &mut self.h[..t.len() * q.len()];
         let part = u.part(t.clone(), 0..small, &mut self.copy);
-        self.layer.gemm(T::ONE, part, c.t(), T::ZERO, MatMut::new(z, t.len(), q.len()))?;
+        self.layer.gemm(T::ONE, part, c.t(), Onto::NOTHING, MatMut::new(z, t.len(), q.len()))?;
         let v = &mut v[t.start * large..t.end * large];
         self.layer.spread(q, Mat::new(z, t.len(), q.len()), v)
     }
@@ -67,7 +67,7 @@ impl<'a, T: Float> Walk<'a, T> {
         self.layer.collect(q, part, &mut self.h[..t.len() * q.len()])
     }
 
-    /// M_Q += s·h[t]ᵀ·u[t], with h the last one made or the one kept.
+    /// M_Q += s·h[t]ᵀ·u[t], with h the last one made or the one kept; the first chunk starts the sum.
     fn add_m(
         &mut self,
         q: &Range<usize>,
@@ -81,15 +81,16 @@ impl<'a, T: Float> Walk<'a, T> {
             Large::Kept(h) => h.rows(t.start, t.len()).columns(q.start, q.len()),
             Large::Tokens(_) => Mat::new(&self.h[..t.len() * q.len()], t.len(), q.len()),
         };
+        let onto = Onto::sum(t.start == 0);
         let part = u.part(t, 0..small, &mut self.copy);
-        self.layer.gemm(self.layer.scale, h.t(), part, T::ONE, MatMut::new(m, q.len(), small))
+        self.layer.gemm(self.layer.scale, h.t(), part, onto, MatMut::new(m, q.len(), small))
     }
 
     /// u[t] += s·h[t]·C_Q.
     fn down(&self, q: &Range<usize>, t: Range<usize>, h: Mat<'_, T>, u: MatMut<'_, T>) -> Result<()> {
         let small = self.layer.sizes.small();
         let c = Mat::new(&self.c[..q.len() * small], q.len(), small);
-        self.layer.gemm(self.layer.scale, h, c, T::ONE, u.rows(t.start, t.len()))
+        self.layer.gemm(self.layer.scale, h, c, Onto::Itself(T::ONE), u.rows(t.start, t.len()))
     }
 }
 
@@ -157,6 +158,10 @@ pub(super) fn backward<T: Float>(
     mut dx: Option<&mut [T]>,
     to: &mut Diagonals<T>,
 ) -> Result<()> {
+    if u.count == 0 {
+        // No token starts the sums.
+        return Ok(());
+    }
     let small = layer.sizes.small();
     let copied = match v {
         Large::Tokens(v) if v.dropout.is_some() => v,
@@ -166,7 +171,6 @@ pub(super) fn backward<T: Float>(
     let mut m = device.scratch::<T>(plan.block.min(layer.sizes.columns()) * small)?;
     for q in walk.blocks() {
         let m = &mut m[..q.len() * small];
-        m.fill(T::ZERO);
         if dx.is_some() {
             walk.fill_c(&q);
         }

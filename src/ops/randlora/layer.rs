@@ -16,21 +16,23 @@
 //!
 //! dλ[k, i] = Σ_j M[q, j]·A[k, j]·γ[i, j],   dγ[i, j] = Σ_k M[q, j]·λ[k, i]·A[k, j].
 //!
-//! Of block bases only the D×r entries of B that are not zero are there; what B is multiplied with
-//! then goes through `block`.
+//! What B is multiplied with goes through `block` for block bases, of which only the D×r entries of B that
+//! are not zero are there, and through `whole` for others.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::simd::{Kernel, vectorize};
 use crate::cpu::{Float, parallel};
+use crate::device::{Buffer, CpuDevice};
 use crate::error::Result;
 use crate::ops::dropout::{DropoutKey, mask_range};
 use crate::ops::linear::widen;
 use crate::ops::matmul::matrix;
-use crate::ops::randlora::bases::{Pairing, Structure};
-use crate::ops::randlora::block;
+use crate::ops::randlora::bases::{B, Pairing};
 use crate::ops::randlora::plan::Sizes;
+use crate::ops::randlora::{block, whole};
 use crate::shape::Layout;
 use crate::storage::dispatch_stored;
 use crate::tensor::Tensor;
@@ -38,14 +40,13 @@ use crate::tensor::Tensor;
 /// A layer's part of the shared bases, its diagonals and its frozen weight.
 pub(super) struct Layer<'a, T> {
     pub(super) sizes: Sizes,
-    pub(super) structure: Structure,
     pub(super) pairing: Pairing,
-    /// s, with what block bases made for another number of bases lack.
+    /// s, with what block bases made for another number of bases lack, or v of ternary ones.
     pub(super) scale: T,
     /// A: r×m.
     pub(super) a: Mat<'a, T>,
-    /// B: D×c, or D×r of block bases.
-    pub(super) b: Mat<'a, T>,
+    /// B.
+    pub(super) b: B<'a, T>,
     /// λ: r×n.
     pub(super) lambda: &'a [T],
     /// γ: n×m.
@@ -76,43 +77,38 @@ impl<T: Float> Layer<'_, T> {
         }
     }
 
-    /// c ← alpha·a·b + beta·c on all threads, in the precision that the device computes layers in.
+    /// c ← alpha·a·b + what it is put onto, on all threads, in the precision that the device computes
+    /// layers in.
     pub(super) fn gemm(
         &self,
         alpha: T,
         a: Mat<'_, T>,
         b: Mat<'_, T>,
-        beta: T,
+        onto: Onto<'_, T>,
         c: MatMut<'_, T>,
     ) -> Result<()> {
-        T::layer_gemm(self.weight.device().host(), alpha, a, b, Onto::Itself(beta), c)
+        T::layer_gemm(self.weight.device().host(), alpha, a, b, onto, c)
     }
 
     /// h ← v·B_Q.
     pub(super) fn collect(&self, q: &Range<usize>, v: Mat<'_, T>, h: &mut [T]) -> Result<()> {
-        match self.structure {
-            Structure::Block => {
-                block::collect(self, q, v, h);
+        match self.b {
+            B::Block(b) => {
+                block::collect(self, b, q, v, h);
                 Ok(())
             }
-            Structure::Dense => {
-                let h = MatMut::new(h, v.rows, q.len());
-                self.gemm(T::ONE, v, self.b.columns(q.start, q.len()), T::ZERO, h)
-            }
+            B::Whole(b) => whole::collect(self, b, q, v, h),
         }
     }
 
     /// v += s·z·B_Qᵀ, where v has rows of D elements.
     pub(super) fn spread(&self, q: &Range<usize>, z: Mat<'_, T>, v: &mut [T]) -> Result<()> {
-        match self.structure {
-            Structure::Block => {
-                block::spread(self, q, z, v);
+        match self.b {
+            B::Block(b) => {
+                block::spread(self, b, q, z, v);
                 Ok(())
             }
-            Structure::Dense => {
-                let v = MatMut::new(v, z.rows, self.sizes.large());
-                self.gemm(self.scale, z, self.b.columns(q.start, q.len()).t(), T::ONE, v)
-            }
+            B::Whole(b) => whole::spread(self, b, q, z, v),
         }
     }
 
@@ -128,14 +124,20 @@ impl<T: Float> Layer<'_, T> {
         self.lambda[rank * self.sizes.bases() + basis]
     }
 
+    /// What the elements of row q of C are products of: a row of A, a row of γ and a number of λ.
+    #[inline(always)]
+    pub(super) fn factors(&self, q: usize, columns: &Range<usize>) -> (&[T], &[T], T) {
+        let (basis, rank) = self.basis_and_rank(q);
+        (self.a_row(rank, columns), self.gamma_row(basis, columns), self.lambda_at(basis, rank))
+    }
+
     /// Writes C[rows, columns], row after row.
     pub(super) fn fill_c(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [T]) {
         let width = columns.len();
         parallel::rows(out, width, width, &|first, out| {
             for (q, out) in (rows.start + first..).zip(out.chunks_mut(width)) {
-                let (basis, rank) = self.basis_and_rank(q);
-                let (a, gamma) = (self.a_row(rank, &columns), self.gamma_row(basis, &columns));
-                vectorize(FillC { out, a, gamma, lambda: self.lambda_at(basis, rank) });
+                let (a, gamma, lambda) = self.factors(q, &columns);
+                vectorize(FillC { out, a, gamma, lambda });
             }
         });
     }
@@ -143,7 +145,7 @@ impl<T: Float> Layer<'_, T> {
     /// Adds what M[rows, columns] = ∂L/∂C gives to the gradients of the diagonals.
     pub(super) fn pull(&self, rows: Range<usize>, columns: Range<usize>, m: &[T], to: &mut Diagonals<T>) {
         let (small, rank, width) = (self.sizes.small(), self.sizes.rank, columns.len());
-        let Diagonals { lambda, gamma } = to;
+        let (lambda, gamma) = (&mut to.lambda[..], &mut to.gamma[..]);
         parallel::rows_of_two((lambda, rank), (gamma, small), rank * width, &|basis, d_lambda, d_gamma| {
             let d_gamma = &mut d_gamma[columns.clone()];
             for (k, d_lambda) in d_lambda.iter_mut().enumerate() {
@@ -237,9 +239,19 @@ impl<T: Float> Kernel for Pull<'_, T> {
 
 /// The gradients of the diagonals while they are summed up: λ as n×r (a basis's ranks side by
 /// side, the transpose of how it is stored), γ as n×m.
-pub(super) struct Diagonals<T> {
-    pub(super) lambda: Vec<T>,
-    pub(super) gamma: Vec<T>,
+pub(super) struct Diagonals<T: Float> {
+    pub(super) lambda: Buffer<T>,
+    pub(super) gamma: Buffer<T>,
+}
+
+impl<T: Float> Diagonals<T> {
+    pub(super) fn zeros(sizes: Sizes, device: &Arc<CpuDevice>) -> Result<Self> {
+        let mut lambda = device.buffer(sizes.bases() * sizes.rank)?;
+        let mut gamma = device.buffer(sizes.bases() * sizes.small())?;
+        lambda.fill(T::ZERO);
+        gamma.fill(T::ZERO);
+        Ok(Diagonals { lambda, gamma })
+    }
 }
 
 /// The tokens on one side of the layer: a matrix of T rows, with the dropout that the adapter's

@@ -8,8 +8,11 @@
 //!
 //! The gradients are those of λ, γ, x and b. Neither ΔW nor its gradient ever exists whole: each is
 //! worked off in panels or blocks of about 4 MiB, in one of two ways that [`Plan`] chooses by
-//! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`, and what is different
-//! with block bases ([`Structure::Block`]) in `block`.
+//! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`; what is multiplied with the
+//! Bᵢ is in `whole`, for dense and for ternary bases, and in `block`, for block bases ([`Structure::Block`]).
+//!
+//! Ternary bases with few entries that are not 0 are stored by the places of these, and what is multiplied
+//! with them is added up ([`Form::Ternary`]).
 
 mod bases;
 mod block;
@@ -18,22 +21,25 @@ mod factored;
 mod layer;
 mod panel;
 mod plan;
+mod whole;
 
 use std::sync::Arc;
 
-pub use bases::{Bases, Pairing, Structure};
+pub use bases::{Bases, Form, Pairing, Structure};
 pub use plan::{Plan, Sizes, Wants, Way};
 
 use crate::compute;
-use crate::cpu::gemm::{Mat, MatMut};
+use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::{Float, dispatch, reduce};
 use crate::device::CpuDevice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::ops::dropout::{DropoutKey, check_rate, mask_in_place};
-use crate::ops::linear::{fill_rows, frozen_backward, frozen_forward};
+use crate::ops::linear::{frozen_backward, frozen_forward};
+use crate::shape::Shape;
 use crate::tensor::Tensor;
+use bases::B;
 use factored::Large;
 use layer::{Diagonals, Layer, Tokens};
 
@@ -79,12 +85,12 @@ pub fn randlora_linear(
         input: x.is_tracked(),
         dropout: dropout.is_some(),
     };
-    let structure = options.bases.structure();
+    let form = options.bases.form();
     let plan = match options.ways {
         // What an OpenCL device has kernels for.
-        _ if x.is_on_opencl() => Plan::forced(sizes, wants, structure, Way::Panel, Way::Panel),
-        None => Plan::new(sizes, wants, structure),
-        Some((forward, backward)) => Plan::forced(sizes, wants, structure, forward, backward),
+        _ if x.is_on_opencl() => Plan::forced(sizes, wants, form, Way::Panel, Way::Panel),
+        None => Plan::new(sizes, wants, form),
+        Some((forward, backward)) => Plan::forced(sizes, wants, form, forward, backward),
     };
     let op = RandLora { sizes, plan, dropout, bases: options.bases.clone(), scale: options.scale };
     match bias {
@@ -208,7 +214,6 @@ impl RandLora {
         let (lambda, gamma) = (compute::contiguous(lambda)?, compute::contiguous(gamma)?);
         f(&Layer {
             sizes: self.sizes,
-            structure: self.bases.structure(),
             pairing: self.bases.pairing(),
             scale: T::from_f64(self.scale * self.bases.factor(self.sizes.bases())),
             a,
@@ -230,21 +235,21 @@ impl RandLora {
         let x_tokens = self.tokens(rows.elements::<T>()?, inputs, true);
         let mut y = host.buffer::<T>(tokens * outputs)?;
         let mut h = host.buffer::<T>(if plan.keep_h { tokens * self.sizes.columns() } else { 0 })?;
-        let mut beta = T::ZERO;
-        if let Some(bias) = x.get(4) {
-            fill_rows(&mut y, compute::contiguous(bias)?.elements::<T>()?);
-            beta = T::ONE;
-        }
+        let bias = x.get(4).map(|bias| compute::contiguous(bias)).transpose()?;
+        let mut onto = match &bias {
+            Some(bias) => Onto::Row(bias.elements::<T>()?),
+            None => Onto::NOTHING,
+        };
         // One product for both where the panel holds W0 + ΔW and both see the same x.
         let fused = plan.forward == Way::Panel && self.dropout.is_none();
         if !fused {
             let rows = Mat::new(x_tokens.rows, tokens, inputs);
-            frozen_forward(rows, x[1], MatMut::new(&mut y, tokens, outputs), beta)?;
-            beta = T::ONE;
+            frozen_forward(rows, x[1], MatMut::new(&mut y, tokens, outputs), onto)?;
+            onto = Onto::Itself(T::ONE);
         }
         self.with_layer::<T, _>(x[1], x[2], x[3], |layer| match (plan.forward, layer.is_wide()) {
-            (Way::Panel, false) => panel::up(layer, plan, host, fused, x_tokens, beta, &mut y),
-            (Way::Panel, true) => panel::down(layer, plan, host, fused, x_tokens, beta, &mut y),
+            (Way::Panel, false) => panel::up(layer, plan, host, fused, x_tokens, onto, &mut y),
+            (Way::Panel, true) => panel::down(layer, plan, host, fused, x_tokens, onto, &mut y),
             (Way::Factored, false) => factored::up(layer, plan, host, x_tokens, &mut y),
             (Way::Factored, true) => {
                 factored::down(layer, plan, host, x_tokens, &mut y, plan.keep_h.then_some(&mut h[..]))
@@ -255,7 +260,7 @@ impl RandLora {
         if !plan.keep_h {
             return Ok((y, vec![]));
         }
-        let h_shape = crate::shape::Shape::new(&[tokens, self.sizes.columns()])?;
+        let h_shape = Shape::new(&[tokens, self.sizes.columns()])?;
         Ok((y, vec![Tensor::from_buffer(h, h_shape, x[0].device())]))
     }
 
@@ -275,11 +280,7 @@ impl RandLora {
         let mut dx = host.buffer::<T>(if need[0] { x[0].numel() } else { 0 })?;
         let mut to = None;
         if need[2] || need[3] {
-            let (bases, rank) = (self.sizes.bases(), self.sizes.rank);
-            to = Some(Diagonals {
-                lambda: vec![T::ZERO; bases * rank],
-                gamma: vec![T::ZERO; bases * self.sizes.small()],
-            });
+            to = Some(Diagonals::zeros(self.sizes, host)?);
         }
         self.with_layer::<T, _>(x[1], x[2], x[3], |layer| {
             let into = need[0].then_some(&mut dx[..]);
@@ -327,8 +328,8 @@ impl RandLora {
         if let Some(dx) = dx {
             let fused = self.dropout.is_none();
             match layer.is_wide() {
-                false => panel::down(layer, &self.plan, host, fused, dy, T::ZERO, dx)?,
-                true => panel::up(layer, &self.plan, host, fused, dy, T::ZERO, dx)?,
+                false => panel::down(layer, &self.plan, host, fused, dy, Onto::NOTHING, dx)?,
+                true => panel::up(layer, &self.plan, host, fused, dy, Onto::NOTHING, dx)?,
             }
             if !fused {
                 self.mask(dx);
@@ -339,10 +340,10 @@ impl RandLora {
         let rows = compute::contiguous(x)?;
         let x = self.tokens(rows.elements::<T>()?, self.sizes.inputs, true);
         let (u, v) = if layer.is_wide() { (dy, x) } else { (x, dy) };
-        match layer.structure {
-            Structure::Dense => panel::pull(layer, &self.plan, host, u, v, to),
+        match layer.b {
+            B::Whole(b) => panel::pull(layer, b, &self.plan, host, u, v, to),
             // Block bases need no panel of the dense gradient, which would cost more.
-            Structure::Block => factored::backward(layer, &self.plan, host, u, Large::Tokens(v), None, to),
+            B::Block(_) => factored::backward(layer, &self.plan, host, u, Large::Tokens(v), None, to),
         }
     }
 
@@ -389,8 +390,9 @@ impl RandLora {
     /// dλ (r×n) and dγ (n×m) as tensors.
     fn diagonals<T: Float>(&self, to: Diagonals<T>, like: &Tensor) -> Result<[Tensor; 2]> {
         let (bases, rank) = (self.sizes.bases(), self.sizes.rank);
-        let d_lambda = Tensor::from_vec(to.lambda, [bases, rank], like.device())?;
-        let d_gamma = Tensor::from_vec(to.gamma, [bases, self.sizes.small()], like.device())?;
+        let d_lambda = Tensor::from_buffer(to.lambda, Shape::new(&[bases, rank])?, like.device());
+        let shape = Shape::new(&[bases, self.sizes.small()])?;
+        let d_gamma = Tensor::from_buffer(to.gamma, shape, like.device());
         Ok([compute::contiguous(&compute::transpose(&d_lambda)?)?, d_gamma])
     }
 }

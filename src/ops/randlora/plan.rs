@@ -4,7 +4,7 @@
 //! gives the same bits. The constants here are the only ones; `cargo bench --bench randlora` shows
 //! what they are worth.
 
-use super::bases::Structure;
+use super::bases::Form;
 
 /// How one half (forward or backward) of a RandLoRA layer is computed. Both are exact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub struct Wants {
 }
 
 /// How a RandLoRA layer is computed: the way of each half and the size of the pieces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Plan {
     /// The way of the forward.
     pub forward: Way,
@@ -71,8 +71,8 @@ pub struct Plan {
     pub backward: Way,
     /// For in > out, both halves factored: h = x·B is kept for the backward instead of x.
     pub keep_h: bool,
-    /// The bases that it is for.
-    pub structure: Structure,
+    /// What there is of the bases that it is for.
+    pub form: Form,
     /// Columns of the weight's smaller side in a panel.
     pub panel: usize,
     /// With block bases, rows of the weight's larger side in a panel that has all of the smaller one.
@@ -87,18 +87,21 @@ pub struct Plan {
 const PIECE: usize = 1 << 20;
 /// Rows of the input in a chunk, where nothing narrower is wanted.
 const CHUNK: usize = 4096;
+/// What adding a number by a list costs, in multiply-adds of a product.
+const ADDITION: f64 = 2.6;
 /// What making one element of a dropout mask costs, in floating point operations of a product.
 const MASK_FLOPS: f64 = 256.0;
 
 impl Plan {
     /// The cheapest plan by floating point operations.
-    pub fn new(sizes: Sizes, wants: Wants, structure: Structure) -> Plan {
+    pub fn new(sizes: Sizes, wants: Wants, form: impl Into<Form>) -> Plan {
+        let form = form.into();
         use Way::{Factored, Panel};
         let mut best: Option<(f64, Plan)> = None;
         for (forward, backward) in
             [(Factored, Factored), (Panel, Factored), (Factored, Panel), (Panel, Panel)]
         {
-            let plan = Plan::forced(sizes, wants, structure, forward, backward);
+            let plan = Plan::forced(sizes, wants, form, forward, backward);
             let cost = plan.extra_flops(sizes, wants);
             if best.is_none_or(|(least, _)| cost < least) {
                 best = Some((cost, plan));
@@ -108,7 +111,7 @@ impl Plan {
     }
 
     /// The plan with these ways, whatever they cost.
-    pub fn forced(sizes: Sizes, wants: Wants, structure: Structure, forward: Way, backward: Way) -> Plan {
+    pub fn forced(sizes: Sizes, wants: Wants, form: impl Into<Form>, forward: Way, backward: Way) -> Plan {
         // At least two pieces, or a small layer's ΔW would exist whole.
         let piece = |other: usize, all: usize| {
             let fits = PIECE / other.max(1) / 32 * 32;
@@ -124,7 +127,7 @@ impl Plan {
             forward,
             backward,
             keep_h,
-            structure,
+            form: form.into(),
             panel: piece(sizes.large().max(sizes.columns()), sizes.small()),
             rows: piece(sizes.small(), sizes.large()),
             block: piece(sizes.small(), sizes.columns()),
@@ -135,7 +138,8 @@ impl Plan {
     /// Floating point operations beyond those of the frozen layer.
     ///
     /// With T tokens, c = n·r columns (m of them where r divides m) and b = c entries in a row of B
-    /// (r of block bases): forward, panel 2·D·m·b, factored 2·T·c·m + 2·T·D·b; backward, panel
+    /// (r of block bases, 2.6 times those that are not 0 of ternary ones, whose additions cost as much):
+    /// forward, panel 2·D·m·b, factored 2·T·c·m + 2·T·D·b; backward, panel
     /// 2·D·m·b for the panel again (if dx is wanted), 2·T·m·D for its gradient and 2·D·m·c to pull
     /// that back to the diagonals, factored 2·T·D·b for h (unless kept), 2·T·m·c for M, 2·T·m·c
     /// (in ≤ out) or 2·T·c·m + 2·T·D·b for dx. The diagonals of block bases are always factored.
@@ -143,8 +147,12 @@ impl Plan {
         // In f64: the products overflow a usize of 32 bits.
         let [t, m, d, c] = [sizes.tokens, sizes.small(), sizes.large(), sizes.columns()].map(|n| n as f64);
         let wide = sizes.inputs > sizes.outputs;
-        let block = self.structure == Structure::Block;
-        let b = if block { sizes.rank as f64 } else { c };
+        let block = self.form == Form::Block;
+        let b = match self.form {
+            Form::Dense => c,
+            Form::Block => sizes.rank as f64,
+            Form::Ternary { share } => ADDITION * share * c,
+        };
         let (build, through_b, through_c) = (2.0 * d * m * b, 2.0 * t * d * b, 2.0 * t * m * c);
         // With dropout the panel no longer holds W0, and its product comes on top.
         let beside = if wants.dropout { 2.0 * t * m * d } else { 0.0 };
@@ -189,9 +197,9 @@ mod tests {
 
     const TRAIN: Wants = Wants { diagonals: true, input: true, dropout: false };
 
-    fn best(structure: Structure, tokens: usize, inputs: usize, outputs: usize) -> (Way, Way, f64) {
+    fn best(form: Form, tokens: usize, inputs: usize, outputs: usize) -> (Way, Way, f64) {
         let sizes = Sizes { tokens, inputs, outputs, rank: 32 };
-        let plan = Plan::new(sizes, TRAIN, structure);
+        let plan = Plan::new(sizes, TRAIN, form);
         let ratio = 1.0 + plan.extra_flops(sizes, TRAIN) / Plan::frozen_flops(sizes, TRAIN);
         (plan.forward, plan.backward, (100.0 * ratio).round() / 100.0)
     }
@@ -200,7 +208,7 @@ mod tests {
     #[test]
     fn known_shapes() {
         use Way::{Factored, Panel};
-        let best = |tokens, inputs, outputs| best(Structure::Dense, tokens, inputs, outputs);
+        let best = |tokens, inputs, outputs| best(Form::Dense, tokens, inputs, outputs);
         assert_eq!(best(2048, 768, 768), (Panel, Panel, 2.06));
         assert_eq!(best(2048, 768, 3072), (Panel, Factored, 1.94));
         assert_eq!(best(4096, 384, 384), (Panel, Panel, 1.64));
@@ -212,7 +220,7 @@ mod tests {
     #[test]
     fn known_shapes_of_block_bases() {
         use Way::{Factored, Panel};
-        let best = |tokens, inputs, outputs| best(Structure::Block, tokens, inputs, outputs);
+        let best = |tokens, inputs, outputs| best(Form::Block, tokens, inputs, outputs);
         for (inputs, outputs, ratio) in [(768, 768, 1.54), (768, 3072, 1.16), (3072, 768, 1.16)] {
             assert_eq!(best(2048, inputs, outputs), (Panel, Panel, ratio));
         }
@@ -220,20 +228,33 @@ mod tests {
         assert_eq!(best(16, 768, 768), (Factored, Factored, 2.54));
     }
 
+    /// With very sparse bases for 768 columns, panels from T < m on.
+    #[test]
+    fn known_shapes_of_ternary_bases() {
+        use Way::{Factored, Panel};
+        let share = 2.0 / 768f64.sqrt();
+        let best = |tokens, inputs, outputs| best(Form::Ternary { share }, tokens, inputs, outputs);
+        assert_eq!(best(2048, 768, 768), (Panel, Panel, 1.61));
+        assert_eq!(best(256, 768, 768), (Panel, Panel, 2.34));
+        assert_eq!(best(128, 768, 768), (Panel, Factored, 2.66));
+        assert_eq!(best(16, 768, 768), (Factored, Factored, 2.69));
+        assert_eq!(best(2048, 768, 3072), (Panel, Factored, 1.38));
+    }
+
     #[test]
     fn no_piece_holds_the_whole_and_all_fit() {
         for (inputs, outputs) in [(768, 768), (2, 9), (9, 2), (8192, 8192), (64, 8192), (3072, 768), (1, 1)] {
             let sizes = Sizes { tokens: 100_000, inputs, outputs, rank: 16 };
-            let structures = [Structure::Dense, Structure::Block];
-            for (dropout, structure) in [false, true].into_iter().flat_map(|d| structures.map(|s| (d, s))) {
+            let forms = [Form::Dense, Form::Block, Form::Ternary { share: 0.05 }];
+            for (dropout, form) in [false, true].into_iter().flat_map(|d| forms.map(|f| (d, f))) {
                 let wants = Wants { dropout, ..TRAIN };
-                let plan = Plan::new(sizes, wants, structure);
+                let plan = Plan::new(sizes, wants, form);
                 assert!(plan.panel < sizes.small() || sizes.small() == 1);
                 assert!(plan.rows < sizes.large() || sizes.large() == 1);
                 assert!(plan.block < sizes.columns());
-                let panel = match structure {
-                    Structure::Dense => plan.panel * (sizes.large() + sizes.columns()),
-                    Structure::Block => {
+                let panel = match form {
+                    Form::Dense | Form::Ternary { .. } => plan.panel * (sizes.large() + sizes.columns()),
+                    Form::Block => {
                         let elements = (plan.panel * sizes.large()).max(plan.rows * sizes.small());
                         2 * elements + sizes.large() * sizes.rank
                     }

@@ -24,28 +24,43 @@ fn tensor(dims: &[usize], seed: u64, dtype: DType) -> Tensor {
     Tensor::from_vec(values, dims, &Device::cpu()).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// None for block bases.
-type Kind = Option<Pairing>;
+#[derive(Clone, Copy)]
+enum Kind {
+    Dense(Pairing),
+    Block,
+    Ternary(Pairing),
+}
 
 /// Bases somewhat larger than the layer needs, as those of a model are.
 fn bases(sizes: Sizes, kind: Kind, dtype: DType) -> Arc<Bases> {
     let a = tensor(&[sizes.rank, sizes.small() + 2], 11, dtype);
-    let Some(pairing) = kind else {
-        let b = tensor(&[sizes.large() + 3, sizes.rank], 12, dtype);
-        return Arc::new(Bases::block(&a, &b, 3).unwrap());
+    let (large, n, rank) = (sizes.large() + 3, sizes.bases() + 1, sizes.rank);
+    let made = match kind {
+        Kind::Dense(pairing) => Bases::new(&a, &tensor(&[large, n, rank], 12, dtype), pairing),
+        Kind::Block => Bases::block(&a, &tensor(&[large, rank], 12, dtype), 3),
+        Kind::Ternary(pairing) => {
+            // Zeros in the rows that no layer reads, for the share of them that makes bases ternary.
+            let mut b = numbers(large * n * rank, 12);
+            b.iter_mut().for_each(|b| *b = if b.abs() > 0.6 { 1.5 * b.signum() } else { 0.0 });
+            b[0] = -1.5;
+            b.resize(8 * large * n * rank, 0.0);
+            let b = Tensor::from_vec(b, [8 * large, n, rank], &Device::cpu()).unwrap();
+            Bases::new(&a, &b.to_dtype(dtype).unwrap(), pairing)
+        }
     };
-    let b = tensor(&[sizes.large() + 3, sizes.bases() + 1, sizes.rank], 12, dtype);
-    Arc::new(Bases::new(&a, &b, pairing).unwrap())
+    let bases = made.unwrap();
+    assert_eq!(matches!(bases.form(), Form::Ternary { .. }), matches!(kind, Kind::Ternary(_)));
+    Arc::new(bases)
 }
 
 /// ΔW by the formula, an element at a time: out×in.
 fn naive_delta(sizes: Sizes, bases: &Bases, scale: f64, lambda: &[f64], gamma: &[f64]) -> Naive {
     let (r, n, m) = (sizes.rank, sizes.bases(), sizes.small());
     let a = bases.a().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
-    let b = bases.b().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
+    let b = bases.b().unwrap().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
     let a_width = bases.a().dims()[1];
     let b_at = |large: usize, q: usize| match bases.structure() {
-        Structure::Dense => b[(large * bases.b().dims()[1] + q / r) * r + q % r],
+        Structure::Dense => b[(large * bases.b_shape().dims()[1] + q / r) * r + q % r],
         Structure::Block if large / r % n == q / r => (n as f64 / 3.0).sqrt() * b[large * r + q % r],
         Structure::Block => 0.0,
     };
@@ -117,7 +132,8 @@ fn case(
 
 pub(crate) fn cases() -> Vec<Case> {
     use Way::{Factored, Panel};
-    let (paper, peft, block) = (Some(Pairing::Paper), Some(Pairing::Peft), None);
+    let (paper, peft) = (Kind::Dense(Pairing::Paper), Kind::Dense(Pairing::Peft));
+    let (block, ternary) = (Kind::Block, Kind::Ternary(Pairing::Paper));
     let (pp, pf, fp, ff) = ((Panel, Panel), (Panel, Factored), (Factored, Panel), (Factored, Factored));
     // The numbers at the end of λ and γ are what the largest size needs; see `sizes` in `cases.rs`.
     let tall: &[&str] = &["t 3", "7 3", "6", "6", "7"];
@@ -138,6 +154,12 @@ pub(crate) fn cases() -> Vec<Case> {
         case("block bases, r = min", &["t 3", "7 3", "3", "3"], 3, pp, block, false),
         case("block bases, r > min", &["t 7", "3 7", "5", "3"], 5, pp, block, false),
         case("block bases, r > min, factored", &["t 3", "7 3", "5", "3"], 5, ff, block, false),
+        case("ternary bases, any sizes, panel", free, 2, pp, ternary, false),
+        case("ternary bases, any sizes, factored", free, 2, ff, ternary, false),
+        case("ternary bases, any sizes, r 1", free, 1, pf, ternary, false),
+        case("ternary bases, any sizes, r 3", free, 3, fp, Kind::Ternary(Pairing::Peft), false),
+        case("ternary bases, r > min", &["t 7", "3 7", "5", "3"], 5, pp, ternary, false),
+        case("ternary bases, r > min, factored", &["t 3", "7 3", "5", "3"], 5, ff, ternary, false),
     ];
     for (kind, names, inputs) in [
         (paper, ["in < out: pp", "in < out: pf", "in < out: fp", "in < out: ff"], tall),
@@ -152,6 +174,8 @@ pub(crate) fn cases() -> Vec<Case> {
             ["blocks, in > out: pp", "blocks, in > out: pf", "blocks, in > out: fp", "blocks, in > out: ff"],
             wide,
         ),
+        (ternary, ["±1, in < out: pp", "±1, in < out: pf", "±1, in < out: fp", "±1, in < out: ff"], tall),
+        (ternary, ["±1, in > out: pp", "±1, in > out: pf", "±1, in > out: fp", "±1, in > out: ff"], wide),
     ] {
         for (name, ways) in names.into_iter().zip([pp, pf, fp, ff]) {
             cases.push(case(name, inputs, 2, ways, kind, false));
@@ -168,6 +192,10 @@ pub(crate) fn cases() -> Vec<Case> {
         ("blocks, in > out: pp, dropout", wide, pp, block),
         ("blocks, in > out: ff, dropout", wide, ff, block),
         ("blocks, in > out: fp, dropout", wide, fp, block),
+        ("±1, in < out: pp, dropout", tall, pp, ternary),
+        ("±1, in < out: ff, dropout", tall, ff, ternary),
+        ("±1, in > out: pf, dropout", wide, pf, ternary),
+        ("±1, in > out: fp, dropout", wide, fp, ternary),
     ] {
         cases.push(case(name, inputs, 2, ways, kind, true));
     }
