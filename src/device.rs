@@ -290,8 +290,10 @@ impl CpuDevice {
             Some(data) => data,
             None => {
                 // Reuse must not make a program larger than it would be without: what is fresh
-                // takes the place of what is kept.
-                self.evict(len.saturating_mul(size_of::<T>()));
+                // takes the place of what is kept, once both are more than was in use at one time.
+                let in_use = self.live.load(Relaxed).saturating_add(len.saturating_mul(size_of::<T>()));
+                let most = self.peak.load(Relaxed).max(in_use);
+                self.evict(in_use.saturating_add(self.kept.load(Relaxed)).saturating_sub(most));
                 fresh(len)?
             }
         };
