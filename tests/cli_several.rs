@@ -246,7 +246,8 @@ fn what_cannot_be_said_of_several() {
             &["--weights", "1,1", "--head", "dora"],
             &["no adapter `dora`", "lora, block, or `sum`"],
         );
-        let parts = ["--weights: they sum to 0.75", "let them sum to 1", "`--head`"];
+        let parts =
+            ["--weights: those of adapters with a classifier sum to 0.75", "let them sum to 1", "`--head`"];
         refused(command, &two, &["--weights", "0.5,0.25", "--head", "sum"], &parts);
         refused(command, &["lora", "lora"], &[], &["--adapter: two are called `lora`", "--adapter a="]);
     }

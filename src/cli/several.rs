@@ -66,6 +66,8 @@ pub(crate) struct Use {
     pub(crate) name: Option<String>,
     parts: Vec<(String, f64)>,
     whole: Whole,
+    /// The weights of those that have a classifier, together.
+    heads: f64,
     /// The folder that says what it is for.
     pub(crate) folder: PathBuf,
 }
@@ -89,9 +91,11 @@ impl MixArgs {
             name: (opened.len() > 1).then(|| name.clone()),
             parts: vec![(name.clone(), 1.0)],
             whole: Whole::Apart,
+            heads: 1.0,
             folder: named.folder.clone(),
         };
-        let base = || Use { name: None, parts: vec![], whole: Whole::Apart, folder: args.model.clone() };
+        let base =
+            || Use { name: None, parts: vec![], whole: Whole::Apart, heads: 0.0, folder: args.model.clone() };
         let uses: Vec<Use> = args.adapter.iter().zip(opened).map(one).collect();
         Ok(if uses.is_empty() { vec![base()] } else { uses })
     }
@@ -111,7 +115,8 @@ impl MixArgs {
         let named = |i: &&usize| matches!(&whole, Whole::Of(name) if *name == opened[**i].0);
         let owner = with_head.iter().find(named).or(with_head.first()).copied().unwrap_or(0);
         let parts = opened.iter().map(|(name, _)| name.clone()).zip(self.weights.iter().copied()).collect();
-        Ok(Use { name: None, parts, whole, folder: folders[owner].to_path_buf() })
+        let heads = with_head.iter().map(|&i| self.weights[i]).sum();
+        Ok(Use { name: None, parts, whole, heads, folder: folders[owner].to_path_buf() })
     }
 
     fn whole(&self, opened: &Opened) -> Result<Whole> {
@@ -194,11 +199,11 @@ impl Use {
             false => model.combine(&parts, self.whole.clone())?,
         }
         check_complete(model, fresh, from)?;
-        let sum: f64 = parts.iter().map(|(_, weight)| weight).sum();
-        if self.whole == Whole::Sum && !fresh.is_empty() && (sum - 1.0).abs() > 1e-12 {
+        if self.whole == Whole::Sum && !fresh.is_empty() && (self.heads - 1.0).abs() > 1e-12 {
             let message = format!(
-                "they sum to {sum}, but the model has no classifier to make up the rest to 1: let them sum to 1, or \
-                 say whose classifier is used with `--head`"
+                "those of adapters with a classifier sum to {}, but the model has none to make up the rest to 1: let \
+                 them sum to 1, or say whose classifier is used with `--head`",
+                self.heads
             );
             return Err(Error::Config { what: "--weights", message });
         }

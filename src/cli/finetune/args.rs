@@ -86,8 +86,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "K", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     coefficients: Option<usize>,
 
-    /// The highest learning rate [default: 1e-3 for RandLoRA, LoRA and its like, 3e-4 for RandLoRA of another
-    /// scale than auto, 1e-4 for full, 1e-2 for head and for methods with few numbers].
+    /// The highest learning rate [default: 1e-3 for RandLoRA, LoRA and its like, 3e-4 for rslora, pissa and
+    /// RandLoRA of another scale than auto or that goes on from an adapter, 1e-4 for full, 1e-2 for head and for methods with few numbers].
     #[arg(long, value_name = "RATE", help_heading = "Training", value_parser = from_zero)]
     lr: Option<f64>,
     /// How many times every example is seen.

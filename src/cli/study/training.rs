@@ -52,7 +52,7 @@ impl Training<'_> {
         // What an interruption left goes here too; that there is nothing is no error.
         drop(std::fs::remove_dir_all(folder));
         match outcome {
-            Err(failure) if failure.to_string().contains("is not finite") => {
+            Err(failure) if failure.to_string().contains("not finite") => {
                 Ok(json!({ "diverged": failure.to_string() }))
             }
             outcome => outcome,

@@ -111,10 +111,18 @@ fn confirmed(bases: &Bases, origin: Option<BasesOrigin>, sizes: &[[usize; 2]]) -
 
 fn same(bases: &Bases, sizes: &[[usize; 2]], origin: &BasesOrigin) -> Result<bool> {
     let rank = bases.rank();
-    let mut again = origin.generate(bases.a().device())?;
     let side = |pick: fn(usize, usize) -> usize| sizes.iter().map(|&[a, b]| pick(a, b)).max().unwrap_or(0);
     let (small, large) = (side(usize::min), side(usize::max));
     let read = small.div_ceil(rank);
+    // Room is made for what the layers need, not for what a file says.
+    let (of_rank, sides) = match origin {
+        BasesOrigin::Spec(spec) => (spec.rank, [spec.small, spec.large]),
+        BasesOrigin::Torch(torch) => (torch.rank, [torch.small, torch.large]),
+    };
+    if of_rank != rank || sides.iter().any(|&side| side > large) {
+        return Ok(false);
+    }
+    let mut again = origin.generate(bases.a().device())?;
     // Block bases may have been through PEFT's form, where they have their zeros.
     let mut bases = Bases::clone(bases);
     if again.structure() == Structure::Block && sizes.iter().all(|&[a, b]| a.min(b).div_ceil(rank) == read) {

@@ -10,7 +10,7 @@ use crate::io::peft::expression::matches;
 /// where there is no pattern.
 ///
 /// # Errors
-/// [`Error::Data`](crate::Error::Data) for a pattern that is more than a name, or that another contradicts.
+/// [`Error::Data`](crate::Error::Data) for an expression that is not read here, or that another contradicts.
 pub(super) fn resolve(
     file: &Object,
     layers: &[String],
@@ -42,8 +42,9 @@ fn found(file: &Object, name: &str, patterns: &[(&String, &Value)], layer: &str)
     let mut found: Option<f64> = None;
     for (pattern, value) in patterns {
         let fail = |message: &str| file.error(format!("`{name}`: `{pattern}` {message}"));
-        let meant =
-            matches(pattern, layer).ok_or_else(|| fail("is an expression: name the layers one by one"))?;
+        let meant = matches(pattern, layer).ok_or_else(|| {
+            fail("is an expression of a kind that is not read here: name the layers one by one")
+        })?;
         let value = value.as_f64().ok_or_else(|| fail("has no number"))?;
         match found {
             Some(other) if meant && other != value => {

@@ -239,7 +239,8 @@ impl Driver {
                     Error::opencl(name, format!("does not build: {} ({code})\n{log}", error_text(code)))
                 })?;
                 if let Some(path) = &kept {
-                    self.keep(&program, path)?;
+                    // It has been built: that it is not kept for the next time is no reason to stop.
+                    let _ = self.keep(&program, path);
                 }
                 program
             }
@@ -276,12 +277,16 @@ impl Driver {
             return Ok(());
         };
         let io = |source| Error::Io { path: path.into(), source };
-        let part = path.with_extension("part");
+        // Other processes may be writing the same file.
+        let part = path.with_extension(format!("{}.part", crate::system::process()));
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(io)?;
         }
-        std::fs::write(&part, binary).map_err(io)?;
-        std::fs::rename(&part, path).map_err(io)
+        let done = std::fs::write(&part, binary).and_then(|()| std::fs::rename(&part, path));
+        done.map_err(|source| {
+            let _ = std::fs::remove_file(&part);
+            io(source)
+        })
     }
 
     /// Queues a kernel.

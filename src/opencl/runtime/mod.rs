@@ -191,7 +191,11 @@ impl Runtime {
     /// # Errors
     /// [`Error::OutOfMemory`] with the bytes that were asked for.
     pub(crate) fn buffer(self: &Arc<Self>, bytes: usize) -> Result<ClBuffer> {
-        let size = pool::class(bytes);
+        let most = LARGEST_BUFFER.min(self.info.largest_buffer);
+        let size = match pool::class(bytes) {
+            class if class > most && bytes <= most => bytes,
+            class => class,
+        };
         if size > LARGEST_BUFFER {
             let message =
                 format!("{bytes} bytes hold more elements than kernels count: cut the tensor into parts");
