@@ -7,7 +7,10 @@ mod cli;
 #[allow(dead_code)] // Each test file uses a part of them.
 mod common;
 
-use cli::{Work, arguments, failure, object, randlora, refs, text};
+use cli::{Work, arguments, failure, randlora, refs};
+#[cfg(feature = "opencl")]
+use cli::{object, text};
+#[cfg(feature = "opencl")]
 use serde_json::Value;
 
 #[test]
