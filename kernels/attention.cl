@@ -6,6 +6,7 @@
 
 typedef struct {
     uint heads;
+    uint heads_kv;
     uint group; // heads of q to a head of k
     uint t;
     uint tk;
@@ -140,7 +141,7 @@ kernel void attention_dkv(global const float *q, Layout lq, global const float *
                           global const float *delta, global float *dk, Layout ldk, global float *dv,
                           Layout ldv) {
     local float p[QUERIES], ds[QUERIES];
-    uint l = get_local_id(0), j = get_group_id(0), h_all = s.heads / s.group;
+    uint l = get_local_id(0), j = get_group_id(0), h_all = s.heads_kv;
     uint b = get_group_id(1) / h_all, h_kv = get_group_id(1) % h_all;
     global const float *key = ROW(k, lk, b, h_kv, j), *value = ROW(v, lv, b, h_kv, j);
     // A work-item sums the same places all along.

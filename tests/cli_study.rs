@@ -138,6 +138,8 @@ fn what_a_study_refuses() {
     assert!(
         failure(&with(&args, &["--task", &work.path("nothing")])).contains("there is none of: train.tsv")
     );
+    let twice = ["--task", &work.path("toy"), "--task", &work.path("other/toy")];
+    assert!(failure(&with(&args, &twice)).contains("two folders of this name"));
     let metric = format!("{},metric=bleu", work.path("toy"));
     let alone: Vec<String> =
         args.iter().map(|arg| if *arg == work.path("toy") { metric.clone() } else { arg.clone() }).collect();

@@ -40,12 +40,12 @@ impl Attention<'_> {
     }
 
     /// The struct `Sizes` of attention.cl.
-    fn sizes(&self) -> [u32; 10] {
+    fn sizes(&self) -> [u32; 11] {
         let (q, k, v) = (self.q.layout.shape(), self.k.layout.shape(), self.v.layout.shape());
-        let numbers = [q[1], q[1] / k[1].max(1), q[2], k[2], q[3], v[3]].map(|n| n as u32);
-        let [heads, group, t, tk, d, e] = numbers;
+        let numbers = [q[1], k[1], q[1] / k[1].max(1), q[2], k[2], q[3], v[3]].map(|n| n as u32);
+        let [heads, heads_kv, group, t, tk, d, e] = numbers;
         let flags = [self.causal, self.keys.is_some(), self.mask.is_some()].map(u32::from);
-        [heads, group, t, tk, d, e, flags[0], flags[1], flags[2], (self.scale as f32).to_bits()]
+        [heads, heads_kv, group, t, tk, d, e, flags[0], flags[1], flags[2], (self.scale as f32).to_bits()]
     }
 
     /// The keys as bytes, any byte where all may be attended to.

@@ -115,6 +115,11 @@ struct Study<'a> {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let twice = |i: usize| args.task[..i].iter().any(|task| task.name == args.task[i].name);
+    if let Some(i) = (0..args.task.len()).find(|&i| twice(i)) {
+        let message = "two folders of this name: results are kept by it, so rename one";
+        return Err(format!("--task {}: {message}", args.task[i].name).into());
+    }
     let data = args.out.join("data");
     std::fs::create_dir_all(&data).map_err(|e| format!("{}: {e}", data.display()))?;
     let ranks = Ranks::of(&entry::open(&args.model)?, &args.targets, args.rank as usize)?;

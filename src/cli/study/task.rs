@@ -14,7 +14,7 @@ use crate::cli::table::{self, Column, Columns, Example, Input, Label, Labels, wr
 #[derive(Clone, Debug)]
 pub(super) struct TaskSpec {
     folder: PathBuf,
-    name: String,
+    pub(super) name: String,
     columns: Columns,
     /// What `--task` of `finetune` is called.
     kind: &'static str,

@@ -27,6 +27,7 @@ impl Training<'_> {
         let Training { args, ranks, task, entry, rate, seed } = self;
         json!({
             "task": task.name,
+            "kind": task.kind,
             "metric": task.metric,
             "train_rows": task.train_rows,
             "held_out": task.held_out_rows,

@@ -147,36 +147,21 @@ pub(super) static RANDLORA: Form = Form {
 };
 
 /// LoRA and rsLoRA.
-pub(super) static LORA: Form = Form {
-    method: "lora",
-    kind: "LORA",
-    parts: &[A, B],
-    shared: None,
-    rank: "r",
-    alpha: Some(("lora_alpha", Divisor::RankOrRoot)),
-    dropout: "lora_dropout",
-    biases: "lora_only",
-    patterns: true,
-    settings: LORAS,
-};
+pub(super) static LORA: Form = OF_LORA;
 
 /// DoRA: LoRA with `use_dora`.
 pub(super) static DORA: Form = Form {
     method: "dora",
-    kind: "LORA",
     parts: &[A, B, Part { name: "magnitude", suffix: ".lora_magnitude_vector", sides: &[Side::Outputs] }],
-    shared: None,
-    rank: "r",
-    alpha: Some(("lora_alpha", Divisor::RankOrRoot)),
-    dropout: "lora_dropout",
-    biases: "lora_only",
-    patterns: true,
-    settings: LORAS,
+    ..OF_LORA
 };
 
 /// PiSSA: LoRA that starts from the weight, `init_lora_weights: "pissa"`.
-pub(super) static PISSA: Form = Form {
-    method: "pissa",
+pub(super) static PISSA: Form = Form { method: "pissa", ..OF_LORA };
+
+/// What the kinds of LoRA have in common.
+const OF_LORA: Form = Form {
+    method: "lora",
     kind: "LORA",
     parts: &[A, B],
     shared: None,

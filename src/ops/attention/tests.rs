@@ -39,6 +39,7 @@ fn padding(b: usize, tk: usize) -> Option<Arc<[bool]>> {
 pub(crate) fn cases() -> Vec<Case> {
     const OWN: &[&str] = &["b h t d", "b h k d", "b h k e"];
     const SHARED: &[&str] = &["b 4 t d", "b 2 k d", "b 2 k e"];
+    const UNASKED: &[&str] = &["b 0 t d", "b 2 k d", "b 2 k e"];
     const LONG: &[&str] = &["1 2 150 3", "1 1 130 3", "1 1 130 2"];
     const KEY: DropoutKey = DropoutKey { seed: 1, step: 2, site: 3 };
     type Options = AttentionOptions;
@@ -57,6 +58,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("attention, causal", OWN, |_, _| Options { causal: true, ..Options::default() }),
         case("attention, dropout", OWN, |_, _| Options { dropout: Some((0.3, KEY)), ..Options::default() }),
         case("attention, shared heads", SHARED, |_, _| Options::default()),
+        case("attention, no queries' heads", UNASKED, |_, _| Options::default()),
         case("attention, all at once", SHARED, |b, tk| Options {
             scale: Some(0.6),
             causal: true,
