@@ -269,7 +269,8 @@ impl CpuDevice {
         self.emulates
     }
 
-    /// A buffer for a tensor. What it contains is unspecified: the caller overwrites all of it.
+    /// A buffer for a tensor, or for a product to pack a factor in: kernels that are not ours pack out of sight, so
+    /// that is not counted as scratch. What it contains is unspecified: the caller overwrites all of it.
     pub(crate) fn buffer<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
         self.take(len, false)
     }
@@ -277,12 +278,6 @@ impl CpuDevice {
     /// A buffer that an operation uses for itself while it runs.
     pub(crate) fn scratch<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
         self.take(len, true)
-    }
-
-    /// A buffer that a product packs a factor in. No scratch of the operation that asks for the product:
-    /// kernels that are not ours pack too, out of sight.
-    pub(crate) fn packing<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
-        self.take(len, false)
     }
 
     fn take<T: Pooled>(self: &Arc<Self>, len: usize, scratch: bool) -> Result<Buffer<T>> {

@@ -68,7 +68,7 @@ pub(super) unsafe fn product(
     let at_once = (PACKED / k / WIDTH * WIDTH).clamp(4 * WIDTH, COLUMNS);
     let lines = at_once.min(n).div_ceil(WIDTH) * k;
     // One line more than is packed, to begin where a line of the cache does.
-    let Ok(mut memory) = device.packing::<f32>((lines + 1) * WIDTH) else { return false };
+    let Ok(mut memory) = device.buffer::<f32>((lines + 1) * WIDTH) else { return false };
     // SAFETY: every pattern of bits is a line.
     let (_, aligned, _) = unsafe { memory.align_to_mut::<Line>() };
     let Some(aligned) = aligned.get_mut(..lines) else { return false };

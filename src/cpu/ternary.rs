@@ -197,7 +197,7 @@ pub(crate) fn product<T: Float>(
     }
     let tile = (depth * WIDTH).max(1);
     let at_once = (PACKED / tile).max(1) * WIDTH;
-    let mut packed = device.packing::<T>(at_once.min(all).div_ceil(WIDTH) * tile)?;
+    let mut packed = device.buffer::<T>(at_once.min(all).div_ceil(WIDTH) * tile)?;
     for from in (0..all).step_by(at_once) {
         let width = at_once.min(all - from);
         let tiles = &mut packed[..width.div_ceil(WIDTH) * tile];

@@ -135,7 +135,7 @@ fn product<L: Lanes>(
     assert!(m == 1 || c.row >= n * c.col, "result overlaps itself");
     let data = &mut c.data[..(m - 1) * c.row + (n - 1) * c.col + 1];
     let (width, depth) = (pieces(n, WIDTH, COLS), pieces(k, DEPTH, 2));
-    let mut packed = device.packing::<u32>(depth / 2 * width + LANES)?;
+    let mut packed = device.buffer::<u32>(depth / 2 * width + LANES)?;
     // Where lines of the cache begin: no load of 16 lanes takes two.
     let aligned = packed.as_ptr().align_offset(64).min(LANES);
     for j in (0..n).step_by(width) {
@@ -148,7 +148,7 @@ fn product<L: Lanes>(
             let cost = HEIGHT.min(m) * width * depth / 64;
             parallel::each(data.chunks_mut(HEIGHT * c.row).collect(), cost, &|i, rows| {
                 let height = HEIGHT.min(m - i * HEIGHT);
-                let mut packed_a = device.packing::<u32>(height.next_multiple_of(ROWS) * PAIRS)?;
+                let mut packed_a = device.buffer::<u32>(height.next_multiple_of(ROWS) * PAIRS)?;
                 let c =
                     MatMut { data: rows, rows: height, cols: n, row: c.row, col: c.col }.columns(j, width);
                 let a = a.rows(i * HEIGHT, height);

@@ -36,7 +36,7 @@ pub struct PeftTask {
 /// # Errors
 /// [`Error::Config`] for a model without adapters, with adapters that PEFT does not have, of several kinds or
 /// settings, or with RandLoRA's bases paired as in the paper, or block bases of layers with different smaller sides, which
-/// PEFT cannot express: attach with [`Pairing::Peft`]. [`Error::Io`] where the folder cannot be written.
+/// PEFT cannot express: attach with [`Pairing::Peft`](crate::Pairing::Peft). [`Error::Io`] where the folder cannot be written.
 pub fn save_peft<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
     let saved = Saved::of(model)?;
     let mut config = PeftConfig { base_model: task.base_model.clone(), ..saved.config.clone() };
