@@ -1,16 +1,10 @@
 //! `randlora finetune` and `eval` from outside, on a tiny model with examples that bring their tokens.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::fs;
 use std::path::Path;
 
-use cli::{Work, arguments, examples, fixture, object, randlora, refs, text};
+use crate::command::{self, Work, arguments, examples, fixture, object, randlora, refs, text};
+use crate::common;
 use serde_json::{Map, Value, json};
 
 const ADAPTER: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "randlora.json"];
@@ -223,7 +217,7 @@ fn logits_need_no_labels() {
     let correct = logits.chunks(2).zip(&right).filter(|(row, yes)| (row[1] > row[0]) == **yes).count();
     assert_eq!(evaluate(&work, "out/last")["accuracy"], correct as f64 / 64.0);
     // Without --logits there would be nothing to say.
-    assert!(cli::failure(&args).contains("unlabelled.jsonl: line 1: no field is called like a label"));
+    assert!(command::failure(&args).contains("unlabelled.jsonl: line 1: no field is called like a label"));
 }
 
 /// The step and the steps of the state that is left, in the error of a training that diverged.
@@ -319,7 +313,7 @@ fn what_the_model_lacks_is_trained_and_saved() {
         assert_eq!(scores(&again), scores(&found["best"]), "{method}");
     }
     let adapter = fixture("our_adapters/lora");
-    let error = cli::failure(&["eval", "--model", &bare, "--adapter", &adapter, "--data", &data]);
+    let error = command::failure(&["eval", "--model", &bare, "--adapter", &adapter, "--data", &data]);
     assert!(error.contains("there is no tensor `bert.pooler.dense"), "{error}");
 }
 

@@ -1,15 +1,8 @@
 //! `randlora study` from outside: what it trains, goes on from, chooses and says.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::fs;
 
-use cli::{Work, examples, failure, fixture, randlora, text};
+use crate::command::{Work, examples, failure, fixture, randlora, text};
 use serde_json::Value;
 
 /// A folder `toy` with a task, and the arguments of a study of it.
