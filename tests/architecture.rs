@@ -105,7 +105,9 @@ fn unsafe_code_stays_where_it_is_explained() {
         with,
         [
             "cpu/bf16/lanes.rs",
-            "cpu/fma.rs",
+            "cpu/fma/avx2.rs",
+            "cpu/fma/avx512.rs",
+            "cpu/fma/mod.rs",
             "cpu/gemm.rs",
             "cpu/simd.rs",
             "io/map.rs",
