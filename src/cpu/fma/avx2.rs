@@ -9,7 +9,7 @@ const STRIP: usize = 6;
 const WIDTH: usize = 16;
 
 /// Products whose left factor has to be copied are as fast by the kernels of `gemm` here.
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: false, pack, strips };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: false, fewest: 0, pack, strips };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")

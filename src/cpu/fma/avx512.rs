@@ -8,7 +8,7 @@ use crate::cpu::gemm::{Mat, Out};
 const STRIP: usize = 12;
 const WIDTH: usize = 32;
 
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: true, pack, strips };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: true, fewest: 192, pack, strips };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx512f") && avx2::is_there()
