@@ -245,7 +245,7 @@ impl<T> Out<T> {
     }
 
     #[cfg(feature = "fast")]
-    fn t(self) -> Out<T> {
+    pub(super) fn t(self) -> Out<T> {
         Out { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
     }
 }

@@ -112,6 +112,9 @@ unsafe fn product_by(
     onto: Onto<'_, f32>,
     c: Out<f32>,
 ) -> bool {
+    // Where columns of c lie one after another instead of rows, cᵀ = bᵀ·aᵀ.
+    let turned = c.col != 1 && matches!(onto, Onto::Itself(_));
+    let (a, b, c) = if turned { (b.t(), a.t(), c.t()) } else { (a, b, c) };
     if c.rows < kernel.fewest && b.col == 1 {
         return false;
     }
