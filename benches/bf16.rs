@@ -18,8 +18,10 @@ fn main() {
         "f32, 1", "bf16, 1", "ratio", "f32", "bf16", "ratio"
     );
     println!("{:>30} {:>35}", "", format!("(on {threads} threads)"));
+    let only = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
     for (t, inputs, outputs) in [
         (2048, 768, 768),
+        (2048, 384, 1536),
         (2048, 768, 3072),
         (2048, 3072, 768),
         (4096, 384, 384),
@@ -27,6 +29,10 @@ fn main() {
         (64, 768, 768),
     ] {
         let flops = 2.0 * (t * inputs * outputs) as f64;
+        let shape = format!("{t}×{inputs}→{outputs}");
+        if only.as_ref().is_some_and(|only| !shape.contains(only.as_str())) {
+            continue;
+        }
         let repeat = (2e9 / flops).ceil() as usize;
         let layer = |precision| {
             let device = Device::with_precision(precision);
@@ -66,7 +72,7 @@ fn main() {
             let speed = |ms: f64| flops * (repeat * products) as f64 / ms / 1e6;
             println!(
                 "{:>14} {name:>6} {:>8.0} {:>8.0} {:>8.2} {:>8.0} {:>8.0} {:>8.2}",
-                format!("{t}×{inputs}→{outputs}"),
+                shape,
                 speed(ms[0]),
                 speed(ms[1]),
                 ms[0] / ms[1],
