@@ -104,7 +104,8 @@ fn unsafe_code_stays_where_it_is_explained() {
     assert_eq!(
         with,
         [
-            "cpu/bf16/x86.rs",
+            "cpu/bf16/x86/mod.rs",
+            "cpu/bf16/x86/pack.rs",
             "cpu/fma.rs",
             "cpu/gemm.rs",
             "cpu/simd.rs",

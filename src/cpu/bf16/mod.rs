@@ -120,7 +120,7 @@ fn product<K: MicroKernel>(
     let (m, n, k) = (c.rows, c.cols, a.cols);
     assert!(m == 1 || c.row >= n * c.col, "result overlaps itself");
     let data = &mut c.data[..(m - 1) * c.row + (n - 1) * c.col + 1];
-    let (depth, height) = (pieces(k, DEPTH, 2), height(m));
+    let (depth, height) = (pieces(k, DEPTH, 2 * LANES), height(m));
     // A single row may be longer than from one row to the next.
     let task = (height * c.row).max((n - 1) * c.col + 1);
     let deep = k.min(DEPTHS * depth);
