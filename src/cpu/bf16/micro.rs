@@ -37,10 +37,10 @@ pub(super) struct Strip<'a> {
     pub(super) c: MatMut<'a, f32>,
 }
 
-/// The arithmetic of the product, as some processor has it. The bits are the same for all of them: a
-/// sum starts with 0 and goes along k in order, and of a pair the second product is added first; then it is
-/// multiplied by alpha, and what it is put onto (times its factor) is added. Each of these steps rounds once.
-/// Denormal numbers in factors and products are taken for 0.
+/// The arithmetic of the product, as some processor has it. The bits are the same for all of them: for each
+/// piece of k, a sum starts with 0 and goes along k in order, and of a pair the second product is added first;
+/// then it is multiplied by alpha, and what it is put onto (for the first piece times its factor) is added.
+/// Each of these steps rounds once. Denormal numbers in factors and sums of products are taken for 0.
 pub(super) trait MicroKernel: Copy + Send + Sync {
     /// Rounds a matrix, whose rows are lanes and whose columns are k, to bf16 and packs it. An odd k is made
     /// up with 0, and so are lanes up to `lanes`, of which the matrix may have fewer.

@@ -2,8 +2,9 @@
 //!
 //! The sibling of [`gemm`](crate::cpu::gemm), cut up in the same way as most are: a block of b and in
 //! turn blocks of a are rounded and packed so that the kernel reads both in order, and the kernel keeps
-//! a tile of c in registers while it runs along k. All sizes are constants or follow from the shape:
-//! the same call gives the same bits on any number of threads.
+//! a tile of c in registers while it runs along k. A task has some rows of c and all of the packed k, so that
+//! they stay in its cache. All sizes are constants or follow from the shape: the same call gives the same bits
+//! on any number of threads.
 //!
 //! Only the kernel ([`x86`]) depends on the processor, and its bits are those of a twin in plain code
 //! ([`micro`] says in what order is summed), which the tests use everywhere. Where the instructions are missing,
