@@ -8,6 +8,8 @@
 //! that are not compiled for these instructions, and where one of them is not inlined, the sums go through
 //! memory at a twentieth of the speed.
 
+#![allow(clippy::needless_range_loop, reason = "see above: plain loops stay in registers")]
+
 mod pack;
 
 use std::arch::x86_64::*;
