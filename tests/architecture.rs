@@ -106,7 +106,9 @@ fn unsafe_code_stays_where_it_is_explained() {
         [
             "cpu/bf16/x86/mod.rs",
             "cpu/bf16/x86/pack.rs",
-            "cpu/fma.rs",
+            "cpu/fma/avx2.rs",
+            "cpu/fma/avx512.rs",
+            "cpu/fma/mod.rs",
             "cpu/gemm.rs",
             "cpu/simd.rs",
             "io/map.rs",

@@ -2,8 +2,8 @@
 //!
 //! f32 goes to the kernels of the `gemm` project in the default build (AVX-512 where the processor has
 //! it), to `matrixmultiply` in the lean one; f64, which gradients are checked in, to `matrixmultiply`
-//! in both. On processors with AVX2 large products in f32 have a kernel of our own (`fma`) in the default
-//! build. Threads share out pieces of the result whose sizes follow from the shape alone: the same call
+//! in both. On processors with AVX2 or AVX-512 large products in f32 have kernels of our own (`fma`) in the
+//! default build. Threads share out pieces of the result whose sizes follow from the shape alone: the same call
 //! gives the same bits on any number of threads.
 
 use std::ops::Range;

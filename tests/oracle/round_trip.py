@@ -5,7 +5,7 @@ usage: round_trip.py [RANDLORA]    (the command as built; default: ../../target/
 
 Every adapter of peft_adapters/ and peft_methods/ is written anew by `randlora convert --to peft`, and PEFT loads both: fails unless all
 tensors of the two models and the logits are the same. (Bases that one of them draws and the other reads among them.)
-What PEFT then saves of some of ours becomes the fixture round_trip/<case>/, which tests/peft.rs reads back.
+What PEFT then saves of some of ours becomes the fixture round_trip/<case>/, which tests/library/peft.rs reads back.
 """
 import os
 import shutil

@@ -22,7 +22,7 @@ use super::device::note_use;
 use super::encode::Encoder;
 use super::labels::LabelSet;
 use super::model::{self, batch};
-use super::output::{check_folder, peak_memory, say};
+use super::output::{check_folder, cpu_seconds, peak_memory, say};
 use super::table::{self, Example, Label, Labels};
 use super::task::{Answers, Kind, Scores, Task};
 use super::{Failure, eval, precision};
@@ -247,6 +247,7 @@ impl Run<'_> {
                 "last": scores(self.args.epochs, of_last),
                 "train_loss": record.last_loss(),
                 "seconds": seconds,
+                "cpu_seconds": cpu_seconds(),
                 "tokens_per_s": speed,
                 "peak_rss_bytes": peak_memory(),
             }));

@@ -24,21 +24,24 @@ impl Record {
     /// [`Error::Io`]; [`Error::Data`] with the line of what is no record.
     pub(super) fn open(path: &Path) -> Result<Record> {
         let error = |source| Error::Io { path: path.to_path_buf(), source };
-        let text = match fs::read_to_string(path) {
-            Err(missing) if missing.kind() == ErrorKind::NotFound => String::new(),
+        let mut bytes = match fs::read(path) {
+            Err(missing) if missing.kind() == ErrorKind::NotFound => vec![],
             read => read.map_err(error)?,
         };
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        if whole < text.len() {
+        // Cut as bytes: a line may be torn within a character.
+        let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        if whole < bytes.len() {
             let file = OpenOptions::new().write(true).open(path).map_err(error)?;
             file.set_len(whole as u64).map_err(error)?;
+            bytes.truncate(whole);
         }
+        let text = String::from_utf8_lossy(&bytes);
         let line = |(line, at): (&str, usize)| {
             let value: Option<Value> = serde_json::from_str(line).ok();
             let is_record = |value: &Value| value["settings"].is_object() && value["result"].is_object();
             value.filter(is_record).ok_or_else(|| wrong_at(path, at, "this is no record of a training"))
         };
-        let lines = text[..whole].lines().zip(1..).map(line).collect::<Result<_>>()?;
+        let lines = text.lines().zip(1..).map(line).collect::<Result<_>>()?;
         Ok(Record { path: path.to_path_buf(), lines: Mutex::new(lines) })
     }
 

@@ -55,7 +55,7 @@ impl Study<'_> {
         let head: Vec<String> = ["method".into(), "trained".into()]
             .into_iter()
             .chain(tasks)
-            .chain(["mean", "seconds", "peak MiB"].map(String::from))
+            .chain(["mean", "CPU seconds", "peak MiB"].map(String::from))
             .collect();
         let mut lines = vec![row(&head), row(&vec!["---".into(); head.len()])];
         for entry in self.entries {
@@ -64,9 +64,10 @@ impl Study<'_> {
         }
         lines.push(String::new());
         lines.push(
-            "The score of each task on its validation file in %, mean ± standard deviation over seeds (their number); \
-             the learning rate that was best on held-out rows, with * where it is the first or last that was tried; \
-             the mean over tasks; seconds of a training; the most memory of its process."
+            "The score of each task on its validation file in %, mean ± standard deviation over seeds (their number; \
+             a seed that diverged has no score); the learning rate that was best on held-out rows, with * where it \
+             is the first or last that was tried; the mean over tasks; processor time of a training; the most \
+             memory of its process."
                 .into(),
         );
         lines.join("\n") + "\n"
@@ -88,17 +89,13 @@ impl Study<'_> {
             let scores = scores(cell);
             let end = if cell.at_the_end { "\\*" } else { "" };
             line.extend([
-                match scores.len() {
-                    0 => "diverged".into(),
-                    1 => format!("{:.1} (1)", scores[0]),
-                    count => format!("{:.1} ± {:.1} ({count})", mean(&scores), spread(&scores)),
-                },
+                score_cell(&scores, cell.results.len() - scores.len()),
                 format!("{:e}{end}", cell.rate),
             ]);
         }
         let means: Vec<f64> =
             cells.iter().flatten().map(scores).filter(|s| !s.is_empty()).map(|s| mean(&s)).collect();
-        let (seconds, peaks) = (numbers(&all, "seconds"), numbers(&all, "peak_bytes"));
+        let (seconds, peaks) = (numbers(&all, "cpu_seconds"), numbers(&all, "peak_bytes"));
         line.push(if means.len() == self.tasks.len() { format!("{:.1}", mean(&means)) } else { none() });
         line.push(if seconds.is_empty() { none() } else { format!("{:.0}", mean(&seconds)) });
         let peak = peaks.iter().copied().reduce(f64::max);
@@ -133,6 +130,19 @@ impl Study<'_> {
         };
         let points: Vec<(f64, f64)> = known.into_iter().filter_map(point).collect();
         (!points.is_empty()).then(|| Curve { name: entry.to_string(), points })
+    }
+}
+
+/// The scores of a method on a task, and how many seeds have none.
+fn score_cell(scores: &[f64], diverged: usize) -> String {
+    let count = match diverged {
+        0 => scores.len().to_string(),
+        _ => format!("{}, {diverged} diverged", scores.len()),
+    };
+    match scores.len() {
+        0 => "diverged".into(),
+        1 => format!("{:.1} ({count})", scores[0]),
+        _ => format!("{:.1} ± {:.1} ({count})", mean(scores), spread(scores)),
     }
 }
 

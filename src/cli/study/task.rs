@@ -69,6 +69,8 @@ pub(super) struct Task {
     pub(super) validation: PathBuf,
     pub(super) train_rows: usize,
     pub(super) held_out_rows: usize,
+    /// Of all rows of the three files, as their columns were read: other data are another study.
+    pub(super) fingerprint: String,
 }
 
 impl TaskSpec {
@@ -90,7 +92,15 @@ impl TaskSpec {
         let rest = &rest[..rest.len().min(most.unwrap_or(usize::MAX))];
         let path = |part: &str| data.join(format!("{}-{part}.jsonl", self.name));
         let all: Vec<usize> = (0..judged.len()).collect();
-        let task = Task {
+        let files =
+            [("train", &examples, rest), ("held-out", &examples, aside), ("validation", &judged, &all)];
+        let mut fingerprint = Fingerprint::new();
+        for (part, examples, rows) in files {
+            let lines: String = rows.iter().map(|&row| format!("{}\n", object(&examples[row]))).collect();
+            fingerprint.add(lines.as_bytes());
+            write_whole(&path(part), |out| out.write_all(lines.as_bytes()))?;
+        }
+        Ok(Task {
             name: self.name.clone(),
             kind: self.kind,
             metric: self.metric.clone(),
@@ -99,11 +109,8 @@ impl TaskSpec {
             validation: path("validation"),
             train_rows: rest.len(),
             held_out_rows: aside.len(),
-        };
-        write(&task.train, &examples, rest)?;
-        write(&task.held_out, &examples, aside)?;
-        write(&task.validation, &judged, &all)?;
-        Ok(task)
+            fingerprint: fingerprint.text(),
+        })
     }
 }
 
@@ -123,9 +130,24 @@ fn find(folder: &Path, names: &[&str]) -> Result<PathBuf> {
     })
 }
 
-/// Writes these examples as JSONL.
-fn write(path: &Path, examples: &[Example], rows: &[usize]) -> Result<()> {
-    write_whole(path, |out| rows.iter().try_for_each(|&row| writeln!(out, "{}", object(&examples[row]))))
+/// FNV-1a with 64 bits: the standard library's hash may differ between its versions.
+struct Fingerprint(u64);
+
+impl Fingerprint {
+    fn new() -> Fingerprint {
+        Fingerprint(0xcbf2_9ce4_8422_2325)
+    }
+
+    /// Adds a file, which its length keeps apart from the next.
+    fn add(&mut self, file: &[u8]) {
+        for byte in file.iter().chain(&(file.len() as u64).to_le_bytes()) {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+
+    fn text(&self) -> String {
+        format!("{:016x}", self.0)
+    }
 }
 
 /// An example as `finetune` and `eval` find its parts by themselves.

@@ -31,6 +31,7 @@ impl Training<'_> {
             "metric": task.metric,
             "train_rows": task.train_rows,
             "held_out": task.held_out_rows,
+            "data": task.fingerprint,
             "model": args.model.display().to_string(),
             "method": entry.to_string(),
             "targets": args.targets,
@@ -102,6 +103,7 @@ impl Training<'_> {
             "trained_parameters": trained["trained_parameters"],
             "train_loss": trained["train_loss"],
             "seconds": trained["seconds"],
+            "cpu_seconds": trained["cpu_seconds"],
             "peak_bytes": trained["peak_rss_bytes"],
         }))
     }

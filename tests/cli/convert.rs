@@ -1,17 +1,10 @@
 //! `randlora merge` and `randlora convert` from outside, and `inspect` of what they write.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::fs;
 use std::path::Path;
 
-use cli::{failure, fixture, object, text};
-use common::{Folder, distance, expected, largest, tensors};
+use crate::command::{failure, fixture, object, text};
+use crate::common::{Folder, distance, expected, largest, tensors};
 use serde_json::{Value, json};
 
 const MODEL: &str = "peft_training/model";

@@ -1,16 +1,9 @@
 //! `randlora inspect` from outside.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::path::Path;
 use std::process::Stdio;
 
-use cli::{Work, fixture};
+use crate::command::{self, Work, fixture};
 use randlora::io::{Access, SafeTensors};
 use randlora::{DType, Device, Tensor};
 use serde_json::{Value, json};
@@ -21,15 +14,15 @@ fn inspect<'a>(args: &[&'a str]) -> Vec<&'a str> {
 }
 
 fn text(args: &[&str]) -> String {
-    cli::text(&inspect(args))
+    command::text(&inspect(args))
 }
 
 fn object(args: &[&str]) -> Value {
-    cli::object(&inspect(args))
+    command::object(&inspect(args))
 }
 
 fn failure(args: &[&str]) -> String {
-    cli::failure(&inspect(args))
+    command::failure(&inspect(args))
 }
 
 fn sum(list: &Value, field: &str) -> u64 {
@@ -260,7 +253,7 @@ fn defaults_and_targets_of_a_plan() {
     assert_eq!(names.collect::<Vec<_>>(), wanted);
     let all = object(&[&model, "--method", "lora", "--targets", "all-linear"]);
     assert_eq!(all["layers"].as_array().map(Vec::len), Some(7));
-    let output = cli::randlora(&inspect(&[&model, "--method", "head"]));
+    let output = command::randlora(&inspect(&[&model, "--method", "head"]));
     let read = String::from_utf8_lossy(&output.stdout);
     assert!(read.contains("measured, 32 texts of 11 tokens") && !read.contains("layers"), "{read}");
 }
@@ -299,7 +292,7 @@ fn misuse_ends_with_2() {
         &[model, "--method", "lora", "--rank", "0"],
         &[model, "--method", "lora", "--model", model],
     ] {
-        let output = cli::randlora(&inspect(args));
+        let output = command::randlora(&inspect(args));
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
     }
@@ -308,7 +301,7 @@ fn misuse_ends_with_2() {
 
 #[test]
 fn a_reader_that_has_seen_enough_is_no_failure() {
-    let mut child = cli::command(&inspect(&[&fixture("bert/single_label")]))
+    let mut child = command::command(&inspect(&[&fixture("bert/single_label")]))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

@@ -1,13 +1,6 @@
 //! The command from outside: what goes where, and how it ends.
-#![cfg(feature = "cli")]
 
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
-use cli::{Work, failure, randlora};
+use crate::command::{Work, failure, randlora};
 
 #[test]
 fn misuse_ends_with_2_and_says_so_on_standard_error() {

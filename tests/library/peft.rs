@@ -1,18 +1,13 @@
 //! Adapters that PEFT saved (made by tests/oracle/peft_adapters.py and peft_training.py): their logits,
 //! saving them again, training on from them, and those that are refused.
 
-mod common;
-#[path = "peft/compact.rs"]
-mod compact;
-#[path = "peft/torch_bases.rs"]
-mod torch_bases;
-
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{
+use crate::common;
+use crate::common::{
     Folder, OUTPUTS, batch, close, distance, expected, largest, load, oracle, says, tensors, values,
 };
 use randlora::adapters::{Distribution, Lora, RandLora, RandLoraAdapter, Targets, attach};
@@ -147,7 +142,7 @@ fn a_saved_adapter_is_the_file_that_peft_would_write() {
     }
 }
 
-/// PEFT's logits with such a file are in tests/oracle/our_adapters/block; see tests/cli_finetune.rs.
+/// PEFT's logits with such a file are in tests/oracle/our_adapters/block; see tests/cli/finetune.rs.
 #[test]
 fn block_bases_are_saved_with_their_zeros_and_read_without() {
     let targets = Targets::names(&["query", "intermediate.dense", "output.dense"]);

@@ -1,16 +1,9 @@
 //! `randlora finetune`, `eval` and `predict` from outside, on texts in every kind of file.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::io::Write;
 use std::process::Stdio;
 
-use cli::{Work, command, examples, fixture, object, randlora, text, word};
+use crate::command::{Work, command, examples, fixture, object, randlora, text, word};
 use serde_json::{Value, json};
 
 /// The text that has these tokens.

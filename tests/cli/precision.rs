@@ -1,14 +1,7 @@
 //! `--precision` from outside. What bf16 computes is tested within the library, by emulation where the
 //! processor has no instructions for it; here it is whether it is said what is done.
-#![cfg(feature = "cli")]
 
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
-use cli::{Work, arguments, randlora, refs};
+use crate::command::{Work, arguments, randlora, refs};
 use randlora::Precision;
 use serde_json::{Value, json};
 

@@ -1,14 +1,11 @@
 //! The methods of PEFT beside RandLoRA, in its files (made by tests/oracle/peft_methods.py): logits and gradients on
 //! the same weights, saving them again, AdaLoRA's training with its budget, and what is refused.
 
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Folder, batch, close, distance, expected, largest, load, oracle, says, tensors, values};
+use crate::common::{Folder, batch, close, distance, expected, largest, load, oracle, says, tensors, values};
 use randlora::adapters::{AdaLora, Dora, PerLayer, Pissa, Targets, TorchVera, Vera, attach};
 use randlora::io::{Access, Adapter, PeftAdapter, PeftTask, SafeTensors, save_adapter, save_peft};
 use randlora::models::Bert;

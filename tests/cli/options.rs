@@ -1,14 +1,7 @@
 //! What each option of `randlora finetune` does, seen in what is written, and what happens where nothing
 //! can be written.
-#![cfg(feature = "cli")]
 
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
-use cli::{Work, arguments, object, refs};
+use crate::command::{self, Work, arguments, object, refs};
 use serde_json::Value;
 
 /// Trains with these settings, and gives the results with the files `metrics.jsonl` and
@@ -49,7 +42,7 @@ fn alpha_and_scale_and_their_defaults() {
     assert!(randlora("peft") == randlora("20"));
     // Layers of 24×24: n = 6.
     assert!(randlora("paper") == randlora(&(2.0 / 6f64.sqrt()).to_string()));
-    let error = cli::failure(&refs(&arguments(
+    let error = command::failure(&refs(&arguments(
         &work,
         "finetune",
         &["--method", "lora", "--scale", "peft", "--force"],
@@ -143,16 +136,16 @@ fn a_full_disk_is_a_failure_that_names_the_file() {
 
     let work = Work::new("full-disk");
     let full = || File::options().write(true).open("/dev/full").expect("Linux has it");
-    let model = cli::fixture("peft_training/model");
+    let model = command::fixture("peft_training/model");
     for args in [arguments(&work, "eval", &[]), vec!["inspect".into(), model]] {
-        let output = cli::command(&refs(&args)).stdout(full()).output().expect("the command runs");
+        let output = command::command(&refs(&args)).stdout(full()).output().expect("the command runs");
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
         assert!(said.starts_with("error: standard output: ") && said.lines().count() == 1, "{said}");
     }
     create_dir(work.path("out")).expect("a folder");
     symlink("/dev/full", work.path("out/metrics.jsonl")).expect("a link");
-    let output = cli::randlora(&refs(&arguments(&work, "finetune", &["--force"])));
+    let output = command::randlora(&refs(&arguments(&work, "finetune", &["--force"])));
     let said = String::from_utf8_lossy(&output.stderr);
     let last = said.lines().last().unwrap_or_default();
     assert!(output.status.code() == Some(1) && output.stdout.is_empty(), "{said}");

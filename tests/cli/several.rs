@@ -1,18 +1,11 @@
 //! Several adapters with `eval`, `predict` and `merge`: one after the other on one base, and as a weighted sum.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 
-use cli::{Work, arguments, command, failure, fixture, object, randlora, refs, text};
-use common::{distance, expected, largest, tensors};
+use crate::command::{Work, arguments, command, failure, fixture, object, randlora, refs, text};
+use crate::common::{distance, expected, largest, tensors};
 use randlora::io::save_safetensors;
 use randlora::{DType, Device, Tensor};
 use serde_json::{Value, json};

@@ -1,13 +1,10 @@
 //! Several adapters on one model: each alone is as if it were the only one, a weighted sum is the sum of their
 //! changes, and the base is there once and comes back bit for bit.
 
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use common::{Folder, close, says, values};
+use crate::common::{Folder, close, says, values};
 use randlora::adapters::{
     AdaLora, Adapted, Attached, BitFit, Dora, Full, Lora, METHODS, Method, RandLora, Settings, Targets,
     Whole, attach, by_name,

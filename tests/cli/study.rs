@@ -1,15 +1,8 @@
 //! `randlora study` from outside: what it trains, goes on from, chooses and says.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::fs;
 
-use cli::{Work, examples, failure, fixture, randlora, text};
+use crate::command::{Work, examples, failure, fixture, randlora, text};
 use serde_json::Value;
 
 /// A folder `toy` with a task, and the arguments of a study of it.
@@ -90,15 +83,15 @@ fn a_study_chooses_by_held_out_rows_and_goes_on_where_it_was() {
     let before = work.read("out/runs.jsonl");
     assert_eq!(text(&with(&args, &methods)), table);
     assert!(work.read("out/runs.jsonl") == before);
-    // An interruption in the middle of a line costs that line.
-    work.write("out/runs.jsonl", &before[..before.len() - 7]);
+    // An interruption in the middle of a line costs that line, even in the middle of a character.
+    work.write("out/runs.jsonl", [&before[..before.len() - 7], &"é".as_bytes()[..1]].concat());
     text(&with(&args, &methods));
     let again = lines(&work);
     let without_times = |lines: &[Value]| -> Vec<Value> {
         let mut lines = lines.to_vec();
         for line in &mut lines {
             let result = line["result"].as_object_mut().expect("an object");
-            result.retain(|name, _| !["seconds", "peak_bytes"].contains(&name.as_str()));
+            result.retain(|name, _| !["seconds", "cpu_seconds", "peak_bytes"].contains(&name.as_str()));
         }
         lines
     };
@@ -119,6 +112,19 @@ fn a_rate_at_which_training_diverges_is_not_chosen() {
     let diverged =
         lines(&work).into_iter().find(|line| line["settings"]["lr"] == "1e30").expect("it is there");
     assert!(diverged["result"]["diverged"].as_str().expect("a text").contains("is not finite"), "{diverged}");
+}
+
+#[test]
+fn other_data_are_another_study() {
+    let (work, args) = study("study-data");
+    let head = ["--methods", "head", "--lr", "1e-2", "--seeds", "1"];
+    text(&with(&args, &head));
+    // As many rows, but others: what is known says nothing about them.
+    work.rows("toy/train.jsonl", &examples(120, 3));
+    text(&with(&args, &head));
+    let lines = lines(&work);
+    assert_eq!(lines.len(), 2);
+    assert_ne!(lines[0]["settings"]["data"], lines[1]["settings"]["data"]);
 }
 
 #[test]

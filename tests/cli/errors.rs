@@ -1,16 +1,10 @@
 //! Wrong inputs of `randlora finetune`, `eval` and `predict`: how each is refused.
-#![cfg(feature = "cli")]
-
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::path::Path;
 
+use crate::command::{Work, arguments, examples, failure, fixture, randlora, refs};
+use crate::common;
 use ::randlora::{DType, Device, Tensor, io::save_safetensors};
-use cli::{Work, arguments, examples, failure, fixture, randlora, refs};
 use serde_json::{Value, json};
 
 /// Fails unless the command with these settings ends with 1 and one line that has these parts, and has

@@ -1,13 +1,11 @@
 //! BERT against transformers: outputs, losses and gradients of odd configurations (made by
 //! tests/oracle/bert.py), and of all-MiniLM-L6-v2.
 
-mod common;
-
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{
+use crate::common::{
     Folder, OUTPUTS, batch, close, distance, expected, largest, load, oracle, says, tensors, values,
 };
 use randlora::adapters::{Full, Targets, attach};

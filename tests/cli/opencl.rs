@@ -1,15 +1,8 @@
 //! `randlora devices` and `--device opencl` from outside.
-#![cfg(feature = "cli")]
 
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
-use cli::{Work, arguments, failure, randlora, refs};
+use crate::command::{Work, arguments, failure, randlora, refs};
 #[cfg(feature = "opencl")]
-use cli::{object, text};
+use crate::command::{object, text};
 #[cfg(feature = "opencl")]
 use serde_json::Value;
 

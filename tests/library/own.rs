@@ -1,12 +1,9 @@
 //! Adapter folders of this crate's own form: what is saved comes back bit for bit, and what does not fit is
 //! refused.
 
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
 use std::fs;
 
-use common::{Folder, says};
+use crate::common::{Folder, says};
 use randlora::adapters::{
     Atlas, BitFit, Lora, Method, Nola, PerLayer, Settings, Svft, Targets, attach, by_name, task_vector,
 };

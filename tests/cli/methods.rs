@@ -1,13 +1,6 @@
 //! Every method on the command line: trained, saved, evaluated, trained on, shown.
-#![cfg(feature = "cli")]
 
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
-use cli::{Work, arguments, failure, fixture, object, refs, text};
+use crate::command::{Work, arguments, failure, fixture, object, refs, text};
 use serde_json::json;
 
 /// The methods with adapters beside RandLoRA and LoRA, and what they need on the tiny model.

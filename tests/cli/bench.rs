@@ -1,14 +1,7 @@
 //! `randlora bench` from outside.
-#![cfg(feature = "cli")]
 
-#[allow(dead_code)]
-#[path = "common/cli.rs"]
-mod cli;
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
-
+use crate::command::{failure, fixture, object, randlora, text};
 use ::randlora::{Plan, Sizes, Structure, Wants};
-use cli::{failure, fixture, object, randlora, text};
 use serde_json::{Value, json};
 
 fn layer<'a>(settings: &[&'a str]) -> Vec<&'a str> {

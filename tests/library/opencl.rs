@@ -1,13 +1,9 @@
 //! OpenCL from outside: training follows the CPU's, adapters are the same files, memory keeps its contract.
 //! Without a device there is nothing to test, which under CI is a failure.
-#![cfg(feature = "opencl")]
-
-#[allow(dead_code)] // Each test file uses a part of them.
-mod common;
 
 use std::sync::Arc;
 
-use common::{Folder, oracle};
+use crate::common::{Folder, oracle};
 use randlora::adapters::{BasesSpec, Distribution, Lora, Method, RandLora, Targets, attach};
 use randlora::io::{Access, Checkpoint, PeftTask, save_adapter};
 use randlora::models::{Bert, BertLoad};

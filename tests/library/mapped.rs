@@ -1,10 +1,7 @@
 //! A mapped model stays mapped while an adapter is trained on it: its weights take no memory of the
 //! device, whatever type they are stored in.
 
-#[allow(dead_code)]
-mod common;
-
-use common::{batch, oracle, tensors};
+use crate::common::{batch, oracle, tensors};
 use randlora::adapters::{RandLora, Targets, attach};
 use randlora::io::{Access, Checkpoint};
 use randlora::models::{Bert, BertLoad};

@@ -1,0 +1,85 @@
+//! Strips of 12 × 32 elements in 24 registers of 16 lanes.
+
+use std::arch::x86_64::*;
+
+use super::{Before, Kernel, Left, avx2, prefetch};
+use crate::cpu::gemm::{Mat, Out};
+
+const STRIP: usize = 12;
+const WIDTH: usize = 32;
+
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: true, fewest: 192, pack, strips };
+
+pub(super) fn is_there() -> bool {
+    is_x86_feature_detected!("avx512f") && avx2::is_there()
+}
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn pack(b: Mat<'_, f32>, panel: &mut [f32]) {
+    // SAFETY: the caller's.
+    unsafe { avx2::pack_columns::<WIDTH>(b, panel) }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn strips(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) {
+    let mut row = 0;
+    while row < c.rows {
+        let left = c.rows - row;
+        // SAFETY: the strip's elements are among those that the caller vouches for.
+        unsafe {
+            let a = Left { data: a.data.add(row * a.row), ..a };
+            let before = Before { data: before.data.add(row * before.row), ..before };
+            let c = c.tile(row, 0, left, c.cols);
+            row += match left {
+                STRIP.. => strip::<STRIP>(alpha, a, panel, before, c),
+                6.. => strip::<6>(alpha, a, panel, before, c),
+                3.. => strip::<3>(alpha, a, panel, before, c),
+                _ => strip::<1>(alpha, a, panel, before, c),
+            };
+        }
+    }
+}
+
+/// [`strips`] for the first R rows of c, which are then done.
+///
+/// # Safety
+/// R rows of a as long as the panel, and those of c and before as wide as c, must be there; the
+/// processor must have AVX-512.
+#[target_feature(enable = "avx512f")]
+unsafe fn strip<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut from = a.data;
+    // What c is added to, or overwritten, is on its way while the products are summed.
+    for r in 0..R {
+        prefetch(c.data.wrapping_add(r * c.row), c.cols);
+    }
+    for line in panel.as_chunks::<WIDTH>().0 {
+        // SAFETY: a line has 32 elements; the rest is the caller's.
+        unsafe {
+            let (low, high) = (_mm512_loadu_ps(line.as_ptr()), _mm512_loadu_ps(line.as_ptr().add(16)));
+            for (r, sum) in sums.iter_mut().enumerate() {
+                let x = _mm512_set1_ps(*from.add(r * a.row));
+                sum[0] = _mm512_fmadd_ps(x, low, sum[0]);
+                sum[1] = _mm512_fmadd_ps(x, high, sum[1]);
+            }
+            from = from.add(a.col);
+        }
+    }
+    let (alpha, beta) = (_mm512_set1_ps(alpha), _mm512_set1_ps(before.beta));
+    for (r, sum) in sums.iter().enumerate() {
+        for (half, &sum) in sum.iter().enumerate() {
+            let there = c.cols.saturating_sub(16 * half).min(16);
+            let there = ((1u32 << there) - 1) as __mmask16;
+            let mut sum = _mm512_mul_ps(alpha, sum);
+            // SAFETY: of rows of c.cols elements, those that are there.
+            unsafe {
+                if before.beta != 0.0 {
+                    let before = before.data.add(r * before.row).wrapping_add(16 * half);
+                    sum = _mm512_fmadd_ps(beta, _mm512_maskz_loadu_ps(there, before), sum);
+                }
+                _mm512_mask_storeu_ps(c.data.add(r * c.row).wrapping_add(16 * half), there, sum);
+            }
+        }
+    }
+    R
+}

@@ -1,0 +1,297 @@
+//! Large products in f32 on x86-64, shared by the threads of the pool.
+//!
+//! For c = a·b the right factor is packed once, into panels as wide as a few registers, that all threads
+//! read; the left one is read where it lies, or a block at a time is copied into the thread's cache where
+//! its rows do not lie one after another (dyᵀ·x). A thread takes 48 rows of c at a time, a block of a that stays in
+//! its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16 elements with AVX2 and 12 × 32 with AVX-512, and reads
+//! a number of a for each of its rows and one row of the panel: close to the processor's peak. An element of c
+//! is the same sum in the same order wherever it lies, so the result has the same bits on any number of threads.
+//!
+//! Inner loops are written without closures: one that passes through a function of `core` is inlined by
+//! link-time optimisation or not at all.
+
+mod avx2;
+mod avx512;
+
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::cpu::gemm::{Mat, Onto, Out};
+use crate::cpu::parallel;
+use crate::device::CpuDevice;
+
+/// Rows of c that a thread takes at a time: a multiple of every kernel's strip.
+const ROWS: usize = 48;
+/// Terms that are summed in registers before they are added to c, at most: a panel of so many rows stays
+/// in the cache.
+const DEPTH: usize = 384;
+/// Elements that are packed at a time, at most, but for a rounded width: 4 MiB.
+const PACKED: usize = 1 << 20;
+/// Columns of a piece of c, at least.
+const NARROW: usize = 128;
+/// Rows that lie far apart are asked for so many before they are read: the processor does not guess them.
+const AHEAD: usize = 16;
+/// Pieces of a product there should be at least, for processors with many cores.
+const PIECES: usize = 16;
+
+/// A line of the cache, which rows of panels begin with.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// What the inner loops read a row of c from before they add to it: `beta` times this. Where beta is 0, it is not
+/// read.
+#[derive(Clone, Copy)]
+struct Before {
+    data: *const f32,
+    row: usize,
+    beta: f32,
+}
+
+/// The rows of the left factor that a strip begins with: element (i, j) at `data + i·row + j·col`.
+#[derive(Clone, Copy)]
+struct Left {
+    data: *const f32,
+    row: usize,
+    col: usize,
+}
+
+/// What depends on the processor's registers.
+#[derive(Clone, Copy)]
+struct Kernel {
+    /// Columns of c that are held in registers: a row of a panel.
+    width: usize,
+    /// Whether left factors whose rows do not lie one after another gain by it too.
+    turns: bool,
+    /// The rows of c that it takes to make up for packing a right factor whose rows lie one after another.
+    fewest: usize,
+    /// Writes the columns of b, at most `width`, as a panel: a row of it holds a row of b, and zeros after it.
+    pack: unsafe fn(b: Mat<'_, f32>, panel: &mut [f32]),
+    /// c ← alpha·a·panel + before, for any rows of c and at most `width` columns.
+    strips: unsafe fn(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>),
+}
+
+impl Kernel {
+    /// Those that this processor has what they need for, the fastest first.
+    fn all() -> impl Iterator<Item = Kernel> {
+        let kernels = [(avx512::KERNEL, avx512::is_there()), (avx2::KERNEL, avx2::is_there())];
+        kernels.into_iter().filter(|(_, is_there)| *is_there).map(|(kernel, _)| kernel)
+    }
+}
+
+/// c ← alpha·a·b + what it is put onto, if this processor, these strides and the memory suit; whether
+/// they did.
+///
+/// # Safety
+/// Every element that the strides reach must lie in its slice or matrix, the elements of c must be
+/// distinct and nobody else's, and no dimension may be 0.
+pub(super) unsafe fn product(
+    device: &Arc<CpuDevice>,
+    alpha: f32,
+    a: Mat<'_, f32>,
+    b: Mat<'_, f32>,
+    onto: Onto<'_, f32>,
+    c: Out<f32>,
+) -> bool {
+    // SAFETY: the caller's, and the processor has what the kernel needs.
+    Kernel::all().next().is_some_and(|kernel| unsafe { product_by(kernel, device, alpha, a, b, onto, c) })
+}
+
+/// See [`product`].
+///
+/// # Safety
+/// That of [`product`]; the processor must have what the kernel needs.
+unsafe fn product_by(
+    kernel: Kernel,
+    device: &Arc<CpuDevice>,
+    alpha: f32,
+    a: Mat<'_, f32>,
+    b: Mat<'_, f32>,
+    onto: Onto<'_, f32>,
+    c: Out<f32>,
+) -> bool {
+    if c.rows < kernel.fewest && b.col == 1 {
+        return false;
+    }
+    if !(a.col == 1 || a.row == 1 && kernel.turns) || c.col != 1 || (b.row != 1 && b.col != 1) {
+        return false;
+    }
+    let (n, k, wide) = (c.cols, a.cols, kernel.width);
+    let depth = k.div_ceil(k.div_ceil(DEPTH));
+    let columns = n.div_ceil(n.div_ceil(PACKED / depth)).next_multiple_of(wide);
+    let deep = (PACKED / columns / depth).clamp(1, k.div_ceil(depth)) * depth;
+    // A line more than is packed, to begin where a line of the cache does.
+    let Ok(mut memory) = device.buffer::<f32>(columns * deep + 16) else { return false };
+    // SAFETY: every pattern of bits is a line.
+    let (before, _, _) = unsafe { memory.align_to_mut::<Line>() };
+    let first = before.len();
+    let Some(data) = memory.get_mut(first..first + columns * deep) else { return false };
+    for start in (0..k).step_by(deep) {
+        let deep = deep.min(k - start);
+        let (a, b) = (a.columns(start, deep), b.rows(start, deep));
+        let onto = if start == 0 { onto } else { Onto::Itself(1.0) };
+        for from in (0..n).step_by(columns) {
+            let width = columns.min(n - from);
+            // SAFETY: the caller's, and the processor has what the kernel needs.
+            unsafe {
+                let panels = Panels::pack(kernel, b.columns(from, width), depth, data);
+                panels.product(alpha, a, onto.columns(from..from + width), c.tile(0, from, c.rows, width));
+            }
+        }
+    }
+    true
+}
+
+/// The right factor, in panels of a kernel's width and at most `depth` rows: all panels of the first `depth` rows,
+/// then those of the next.
+struct Panels<'a> {
+    kernel: Kernel,
+    depth: usize,
+    data: &'a [f32],
+}
+
+impl<'a> Panels<'a> {
+    /// # Safety
+    /// The processor must have what the kernel needs.
+    unsafe fn pack(kernel: Kernel, b: Mat<'_, f32>, depth: usize, data: &'a mut [f32]) -> Panels<'a> {
+        let (wide, across) = (kernel.width, b.cols.div_ceil(kernel.width));
+        let data = &mut data[..b.rows.div_ceil(depth) * across * wide * depth];
+        parallel::chunks(data, wide * depth, &|i, panel| {
+            let (start, first) = (i / across * depth, i % across * wide);
+            let b = b.rows(start, depth.min(b.rows - start)).columns(first, wide.min(b.cols - first));
+            // SAFETY: the caller's.
+            unsafe { (kernel.pack)(b, &mut panel[..b.rows * wide]) }
+        });
+        Panels { kernel, depth, data }
+    }
+
+    /// c ← alpha·a·panels + what it is put onto, in pieces that threads share out.
+    ///
+    /// # Safety
+    /// As for [`product`]; the processor must have what the kernel needs.
+    unsafe fn product(&self, alpha: f32, a: Mat<'_, f32>, onto: Onto<'_, f32>, c: Out<f32>) {
+        let down = c.rows.div_ceil(ROWS);
+        let columns = c.cols.div_ceil(PIECES.div_ceil(down)).max(NARROW).next_multiple_of(self.kernel.width);
+        let across = c.cols.div_ceil(columns);
+        parallel::run(down * across, 1, &|i| {
+            let (i, j) = (i / across * ROWS, i % across * columns);
+            let (height, width) = (ROWS.min(c.rows - i), columns.min(c.cols - j));
+            // SAFETY: the caller's; no other piece has these elements of c.
+            unsafe { self.piece(alpha, a.rows(i, height), onto, c.tile(i, 0, height, c.cols), j..j + width) }
+        });
+    }
+
+    /// [`Panels::product`] for at most [`ROWS`] rows and these columns.
+    ///
+    /// # Safety
+    /// That of [`Panels::product`].
+    unsafe fn piece(
+        &self,
+        alpha: f32,
+        a: Mat<'_, f32>,
+        onto: Onto<'_, f32>,
+        c: Out<f32>,
+        columns: Range<usize>,
+    ) {
+        let (wide, depth) = (self.kernel.width, self.depth);
+        let mut copy = [const { MaybeUninit::uninit() }; ROWS * DEPTH];
+        let rows = self.data.chunks(c.cols.div_ceil(wide) * wide * depth);
+        for (panels, start) in rows.zip((0..a.cols).step_by(depth)) {
+            let a = a.columns(start, depth.min(a.cols - start));
+            let left = match a.col {
+                1 => Left { data: a.data.as_ptr(), row: a.row, col: 1 },
+                _ => copied(a, &mut copy),
+            };
+            for column in columns.clone().step_by(wide) {
+                let panel = &panels[column * depth..][..wide * a.cols];
+                // SAFETY: these elements of a and c are among those that the caller vouches for.
+                unsafe {
+                    let c = c.tile(0, column, c.rows, wide.min(columns.end - column));
+                    let before = match onto {
+                        Onto::Row(row) if start == 0 => {
+                            Before { data: row[column..].as_ptr(), row: 0, beta: 1.0 }
+                        }
+                        Onto::Itself(beta) if start == 0 => {
+                            Before { data: c.data.cast_const(), row: c.row, beta }
+                        }
+                        _ => Before { data: c.data.cast_const(), row: c.row, beta: 1.0 },
+                    };
+                    (self.kernel.strips)(alpha, left, panel, before, c);
+                }
+            }
+        }
+    }
+}
+
+/// At most [`ROWS`] rows and [`DEPTH`] columns, column after column.
+fn copied(a: Mat<'_, f32>, to: &mut [MaybeUninit<f32>; ROWS * DEPTH]) -> Left {
+    for (j, column) in to.chunks_exact_mut(ROWS).take(a.cols).enumerate() {
+        prefetch(a.data.as_ptr().wrapping_add((j + AHEAD) * a.col), a.rows);
+        for (to, &from) in column.iter_mut().zip(&a.data[j * a.col..][..a.rows]) {
+            to.write(from);
+        }
+    }
+    Left { data: to.as_ptr().cast(), row: 1, col: ROWS }
+}
+
+/// Asks for the lines of `count` numbers from `first` on, which need not be there.
+fn prefetch(first: *const f32, count: usize) {
+    for line in (0..count + 15).step_by(16) {
+        // SAFETY: nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(line).cast()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    fn random(len: usize, seed: u64) -> Vec<f32> {
+        let next = |i: usize| (i as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        (0..len).map(|i| next(i + 1) as f32 / (1u64 << 23) as f32 - 1.0).collect()
+    }
+
+    /// Every kernel of this processor, at shapes with and without whole strips, panels and blocks, against the
+    /// product in f64.
+    #[test]
+    fn every_kernel_equals_the_slow_twin() {
+        let shapes =
+            [(1, 1, 1), (12, 32, 5), (48, 64, 8), (50, 33, 385), (13, 600, 1900), (7, 1, 800), (97, 300, 17)];
+        let all = Kernel::all().map(|kernel| Kernel { fewest: 0, ..kernel });
+        for (kernel, (m, n, k)) in all.flat_map(|kernel| shapes.map(|shape| (kernel, shape))) {
+            let (a, b, row) = (random(m * k, 1), random(k * n, 2), random(n, 3));
+            for (turned, other, onto) in [
+                (false, false, Onto::NOTHING),
+                (kernel.turns, true, Onto::Itself(-0.5)),
+                (kernel.turns, false, Onto::Row(&row)),
+            ] {
+                let view = |data, rows, cols, t: bool| match t {
+                    true => Mat::new(data, cols, rows).t(),
+                    false => Mat::new(data, rows, cols),
+                };
+                let (a, b) = (view(&a[..], m, k, turned), view(&b[..], k, n, other));
+                let start = random(m * n, 4);
+                let mut got = start.clone();
+                let c = Out { data: got.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
+                // SAFETY: the matrices are as large as their slices, and the processor has the kernel.
+                assert!(unsafe { product_by(kernel, Device::cpu().host(), 0.7, a, b, onto, c) });
+                for (at, got) in got.into_iter().enumerate() {
+                    let (i, j) = (at / n, at % n);
+                    let term = |l: usize| {
+                        a.data[i * a.row + l * a.col] as f64 * b.data[l * b.row + j * b.col] as f64
+                    };
+                    let before = match onto {
+                        Onto::Itself(beta) => beta as f64 * start[at] as f64,
+                        Onto::Row(row) => row[j] as f64,
+                    };
+                    let want = 0.7 * (0..k).map(term).sum::<f64>() + before;
+                    let apart = (got as f64 - want).abs();
+                    assert!(apart < 1e-6 * (k as f64).sqrt(), "{m}×{k}→{n}, {i}, {j}: {got} {want}");
+                }
+            }
+        }
+    }
+}
