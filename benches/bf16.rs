@@ -1,6 +1,7 @@
-//! Layers' products in bf16 next to f32: GFLOP/s of x·Wᵀ, of dy·W and of dyᵀ·x on one thread and on all.
+//! Layers' products in bf16 next to f32: GFLOP/s a core of x·Wᵀ, of dy·W and of dyᵀ·x, on one thread and on
+//! all of them at once.
 //!
-//! `cargo bench --bench bf16`, on a processor with AVX512-BF16.
+//! `cargo bench --bench bf16`, on a processor with AVX512-BF16; with `-- 768→768`, only such shapes.
 
 mod common;
 
@@ -14,12 +15,15 @@ fn main() {
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     let threads = rayon::current_num_threads();
     println!(
-        "GFLOP/s{:>23} {:>8} {:>8} {:>8} {:>8} {:>8}",
+        "GFLOP/s a core{:>16} {:>8} {:>8} {:>8} {:>8} {:>8}",
         "f32, 1", "bf16, 1", "ratio", "f32", "bf16", "ratio"
     );
     println!("{:>30} {:>35}", "", format!("(on {threads} threads)"));
+    let only = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
     for (t, inputs, outputs) in [
         (2048, 768, 768),
+        (2048, 384, 1536),
+        (2048, 1536, 384),
         (2048, 768, 3072),
         (2048, 3072, 768),
         (4096, 384, 384),
@@ -27,6 +31,10 @@ fn main() {
         (64, 768, 768),
     ] {
         let flops = 2.0 * (t * inputs * outputs) as f64;
+        let shape = format!("{t}×{inputs}→{outputs}");
+        if only.as_ref().is_some_and(|only| !shape.contains(only.as_str())) {
+            continue;
+        }
         let repeat = (2e9 / flops).ceil() as usize;
         let layer = |precision| {
             let device = Device::with_precision(precision);
@@ -63,15 +71,15 @@ fn main() {
             );
             // A gradient comes after the forward product.
             let products = if gradients.is_some() { 2 } else { 1 };
-            let speed = |ms: f64| flops * (repeat * products) as f64 / ms / 1e6;
+            let speed = |ms: f64, cores: usize| flops * (repeat * products) as f64 / ms / 1e6 / cores as f64;
             println!(
                 "{:>14} {name:>6} {:>8.0} {:>8.0} {:>8.2} {:>8.0} {:>8.0} {:>8.2}",
-                format!("{t}×{inputs}→{outputs}"),
-                speed(ms[0]),
-                speed(ms[1]),
+                shape,
+                speed(ms[0], 1),
+                speed(ms[1], 1),
                 ms[0] / ms[1],
-                speed(ms[2]),
-                speed(ms[3]),
+                speed(ms[2], threads),
+                speed(ms[3], threads),
                 ms[2] / ms[3]
             );
         }

@@ -44,7 +44,7 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2, help="of both sides [%(default)s]")
     parser.add_argument("--only", choices=["layers", "steps"], help="one half of the table")
     parser.add_argument("--bf16", action="store_true",
-                        help="PEFT under bf16 autocast; without AVX512-BF16 a step takes minutes")
+                        help="both in bf16, PEFT under autocast; without AVX512-BF16 its step takes minutes")
     parser.add_argument("--sst2", metavar="DATA", help="train on SST-2 instead")
     parser.add_argument("--epochs", type=int, default=1, help="of SST-2 [%(default)s]")
     return parser.parse_args()
@@ -62,7 +62,7 @@ def run(command):
 
 
 def ours(args, *command):
-    return run([args.randlora, *command, "--threads", args.threads, "--json"])
+    return run([args.randlora, *command, "--threads", args.threads, "--json", *(["--precision", "bf16"] if args.bf16 else [])])
 
 
 def peft_command(args, *command):
@@ -195,7 +195,7 @@ def main():
         sys.exit(f"{args.randlora} is missing: cargo build --release --features cli")
     version = subprocess.run([args.randlora, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     python = theirs(args, "versions")
-    print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads; {version} in f32; "
+    print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads; {version} in {'bf16' if args.bf16 else 'f32'}; "
           f"PyTorch {python['torch']}, PEFT {python['peft']}, transformers {python['transformers']} in "
           f"{'bf16 autocast' if args.bf16 else 'f32'}; {time.strftime('%Y-%m-%d')}, medians of {args.rounds} turns\n")
     show(sst2(args) if args.sst2 else compare(args))

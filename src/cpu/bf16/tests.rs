@@ -71,28 +71,45 @@ fn form() -> impl Strategy<Value = (bool, usize, usize)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
+    /// And the instructions, where there are any, give the bits of the emulation.
     #[test]
     fn equals_the_slow_twin(
         (m, n) in (size(), size()),
-        k in prop_oneof![4 => size(), 1 => 380usize..400, 1 => 760usize..780],
+        k in prop_oneof![4 => size(), 1 => 380usize..400, 1 => 760usize..780, 1 => 1530usize..1550],
         (fa, fb, fc) in (form(), form(), form()),
         beta in prop_oneof![Just(0.0f32), Just(1.0), Just(-0.5)],
+        bias in any::<bool>(),
     ) {
         let form = |rows, cols, (turned, pad, step)| Form { rows, cols, turned, pad, step };
         let (fa, fb, fc) = (form(m, k, fa), form(k, n, fb), form(m, n, fc));
-        let (a, b, start) = (fa.random(1), fb.random(2), fc.random(3));
-        let (mut want, mut got) = (start.clone(), start.clone());
-        if beta == 0.0 {
-            // It is not read then, but what lies between the elements is left alone.
-            let c = fc.view_mut(&mut got);
-            (0..m).for_each(|i| (0..n).for_each(|j| c.data[i * c.row + j * c.col] = f32::NAN));
+        let (a, b, mut start, row) = (fa.random(1), fb.random(2), fc.random(3), random(n, 4));
+        let each = |data: &mut [f32], f: &dyn Fn(usize, &mut f32)| {
+            let c = fc.view_mut(data);
+            (0..m).for_each(|i| (0..n).for_each(|j| f(j, &mut c.data[i * c.row + j * c.col])));
+        };
+        let (mut want, mut onto) = (start.clone(), Onto::Itself(beta));
+        if bias {
+            onto = Onto::Row(&row);
+            each(&mut want, &|j, c| *c = row[j]);
         }
-        naive(0.7, fa.view(&a), fb.view(&b), beta, fc.view_mut(&mut want));
-        let device = Device::cpu();
-        product(lanes::Emulated, device.host(), 0.7, fa.view(&a), fb.view(&b), Onto::Itself(beta), fc.view_mut(&mut got)).unwrap();
+        if bias || beta == 0.0 {
+            // It is not read then, but what lies between the elements is left alone.
+            each(&mut start, &|_, c| *c = f32::NAN);
+        }
+        naive(0.7, fa.view(&a), fb.view(&b), if bias { 1.0 } else { beta }, fc.view_mut(&mut want));
+        let (device, mut got) = (Device::cpu(), start.clone());
+        let c = fc.view_mut(&mut got);
+        product(micro::Emulated, device.host(), 0.7, fa.view(&a), fb.view(&b), onto, c).unwrap();
         for (g, w) in got.iter().zip(&want) {
             // Numbers below 1 in size, summed in f32.
             prop_assert!((g - w).abs() < 2e-7 * (k as f32 + 10.0), "{g} {w}");
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(native) = x86::Avx512::detect() {
+            let mut real = start;
+            let c = fc.view_mut(&mut real);
+            product(native, device.host(), 0.7, fa.view(&a), fb.view(&b), onto, c).unwrap();
+            prop_assert!(bits(&real) == bits(&got));
         }
     }
 }
@@ -111,7 +128,7 @@ fn the_same_bits_on_any_number_of_threads() {
             pool.install(|| {
                 let (a, b) = (Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
                 product(
-                    lanes::Emulated,
+                    micro::Emulated,
                     device.host(),
                     1.0,
                     a,
@@ -133,7 +150,7 @@ fn the_same_bits_on_any_number_of_threads() {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn the_instruction_gives_the_bits_of_its_emulation() {
-    let Some(native) = lanes::Avx512::detect() else {
+    let Some(native) = x86::Avx512::detect() else {
         eprintln!("skipped: no AVX512-BF16 on this processor");
         return;
     };
@@ -150,7 +167,7 @@ fn the_instruction_gives_the_bits_of_its_emulation() {
         let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
         product(native, device.host(), 1.5, a, b, Onto::Itself(1.0), MatMut::new(&mut real, m, n)).unwrap();
         product(
-            lanes::Emulated,
+            micro::Emulated,
             device.host(),
             1.5,
             a,
