@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{CpuDevice, Device};
 use crate::error::{Error, Result};
-use crate::opencl::runtime::{self, OpenClCounts, OpenClInfo, Runtime};
+use crate::opencl::runtime::{self, OpenClCounts, OpenClDevices, OpenClInfo, Runtime};
 
 /// An OpenCL device, and a CPU device for what it has no kernels for.
 #[derive(Debug)]
@@ -62,11 +62,11 @@ impl Device {
         })))
     }
 
-    /// What OpenCL devices this machine has.
+    /// What OpenCL devices this machine has, and what is wrong with those that do not answer.
     ///
     /// # Errors
-    /// [`Error::OpenCl`] where there is no driver, or no OpenCL in this build.
-    pub fn opencl_devices() -> Result<Vec<OpenClInfo>> {
+    /// [`Error::OpenCl`] where there is no driver or none that answers, or no OpenCL in this build.
+    pub fn opencl_devices() -> Result<OpenClDevices> {
         runtime::devices()
     }
 

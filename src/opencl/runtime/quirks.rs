@@ -36,24 +36,71 @@ pub(super) fn check(info: &OpenClInfo) -> Result<()> {
     Ok(())
 }
 
+/// Whether a code may say that there is no memory. CL_OUT_OF_RESOURCES is what NVIDIA's driver says then, and
+/// also when a kernel has failed; only whether the queue goes on tells.
+pub(super) fn is_want_of_memory(code: i32) -> bool {
+    const MEM_OBJECT_ALLOCATION_FAILURE: i32 = -4;
+    const OUT_OF_RESOURCES: i32 = -5;
+    const OUT_OF_HOST_MEMORY: i32 = -6;
+    [MEM_OBJECT_ALLOCATION_FAILURE, OUT_OF_RESOURCES, OUT_OF_HOST_MEMORY].contains(&code)
+}
+
+/// Whether a code says that nothing goes on a device any more: what the standard has, what NVIDIA's driver says
+/// of every call after a kernel has failed (an invalid context or queue), and its own code for a place in
+/// memory that is not a buffer's.
+pub(super) fn is_loss(code: i32) -> bool {
+    const DEVICE_NOT_AVAILABLE: i32 = -2;
+    const INVALID_CONTEXT: i32 = -34;
+    const INVALID_COMMAND_QUEUE: i32 = -36;
+    const NVIDIA_ILLEGAL_ACCESS: i32 = -9999;
+    [DEVICE_NOT_AVAILABLE, INVALID_CONTEXT, INVALID_COMMAND_QUEUE, NVIDIA_ILLEGAL_ACCESS].contains(&code)
+}
+
+/// Whether copies go through pinned memory: where the driver would copy to such memory of its own first.
+pub(super) fn pins(info: &OpenClInfo) -> bool {
+    !info.shares_memory
+}
+
+/// Groups in a grid, all in one dimension: CUDA's other two end at 65,535.
+pub(super) const MOST_GROUPS: usize = i32::MAX as usize;
+
 /// How programs are built for a device.
 ///
 /// Never with `-cl-fast-relaxed-math` or one of its parts: a mask is −∞, and a NaN has to be seen.
 pub(super) fn build_options(info: &OpenClInfo) -> String {
     let mut options = String::from("-cl-std=CL1.2");
     // The largest tile of a matrix product whose group the device runs. It does not change the order of a sum.
-    if tile(info) == 64 {
-        options.push_str(" -DTHREADS=16");
-    }
+    options.push_str(&format!(" -DTHREADS={}", threads(info)));
     options
 }
 
-/// Rows and columns of a tile of a matrix product: 64 by 16 × 16 work-items, or 32 by 8 × 8.
-///
+/// A tile of a matrix product: by a square of work-items, of which each makes a square of numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tile {
+    pub(crate) threads: usize,
+    pub(crate) each: usize,
+}
+
+impl Tile {
+    /// How many there are for so many rows, columns and matrices.
+    pub(crate) fn groups(self, [rows, cols, batch]: [usize; 3]) -> usize {
+        let side = self.threads * self.each;
+        rows.div_ceil(side) * cols.div_ceil(side) * batch
+    }
+}
+
 /// Processors (PoCL, Intel's) run a group's work-items one after another on one core, where the smaller
 /// tile stays in the first cache.
-pub(super) fn tile(info: &OpenClInfo) -> usize {
-    if info.kind == "CPU" || info.largest_group < 256 { 32 } else { 64 }
+fn threads(info: &OpenClInfo) -> usize {
+    if info.kind == "CPU" || info.largest_group < 256 { 8 } else { 16 }
+}
+
+/// The large tile where that leaves work for all of the device: twice as many groups as it has units.
+pub(super) fn tile(info: &OpenClInfo, sizes: [usize; 3]) -> Tile {
+    let (threads, large) = (threads(info), 8);
+    let fits = sizes[0].min(sizes[1]) >= threads * large;
+    let tile = Tile { threads, each: large };
+    if fits && tile.groups(sizes) >= 2 * info.compute_units { tile } else { Tile { threads, each: 4 } }
 }
 
 #[cfg(test)]
@@ -69,6 +116,7 @@ mod tests {
             driver: String::new(),
             kind: "GPU",
             memory: 1 << 30,
+            shares_memory: false,
             largest_buffer: 1 << 28,
             local_memory: 32 << 10,
             largest_group: 256,
@@ -88,8 +136,13 @@ mod tests {
 
     #[test]
     fn tiles_follow_the_device() {
-        assert_eq!(tile(&info()), 64);
-        assert_eq!(tile(&OpenClInfo { largest_group: 128, ..info() }), 32);
-        assert_eq!(build_options(&OpenClInfo { kind: "CPU", ..info() }), "-cl-std=CL1.2");
+        assert_eq!(tile(&info(), [1024, 1024, 1]), Tile { threads: 16, each: 8 });
+        // Too few of the large ones for four units; too narrow for them.
+        assert_eq!(tile(&info(), [256, 256, 1]), Tile { threads: 16, each: 4 });
+        assert_eq!(tile(&info(), [1 << 20, 100, 1]), Tile { threads: 16, each: 4 });
+        assert_eq!(tile(&info(), [256, 256, 2]).groups([256, 256, 2]), 8);
+        let small = OpenClInfo { largest_group: 128, ..info() };
+        assert_eq!(tile(&small, [32, 32, 1]).threads, 8);
+        assert_eq!(build_options(&OpenClInfo { kind: "CPU", ..info() }), "-cl-std=CL1.2 -DTHREADS=8");
     }
 }
