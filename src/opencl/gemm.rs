@@ -14,6 +14,8 @@ pub(crate) enum Stored {
     F32,
     BF16,
     F16,
+    /// −1, 0 and 1, two bits each, sixteen in a word: 0, 1 and 3 for −1. Strides and offsets count numbers.
+    Ternary,
 }
 
 impl From<DType> for Stored {
@@ -24,6 +26,17 @@ impl From<DType> for Stored {
             _ => Stored::F32,
         }
     }
+}
+
+/// Numbers of −1, 0 and 1 (by their signs) as [`Stored::Ternary`], in rows of whole words.
+pub(crate) fn pack(signs: impl ExactSizeIterator<Item = i8>, width: usize) -> Vec<u32> {
+    let words = width.div_ceil(16);
+    let mut packed = vec![0; signs.len() / width.max(1) * words];
+    for (i, sign) in signs.enumerate() {
+        let (row, column) = (i / width, i % width);
+        packed[row * words + column / 16] |= ((sign as u32) & 3) << (2 * (column % 16));
+    }
+    packed
 }
 
 /// The matrices in the last two dimensions of a layout.
@@ -61,13 +74,15 @@ pub(crate) fn gemm(
     let (runtime, batch) = (a.runtime(), out.batch.shape().numel());
     // The result's bits do not depend on the tile.
     let tile = runtime.tile([out.rows, out.cols, batch]);
-    let kernel = match (stored.into(), tile.each) {
-        (Stored::F32, 4) => "gemm_f32",
-        (Stored::F32, _) => "gemm_f32_large",
-        (Stored::BF16, 4) => "gemm_bf16",
-        (Stored::BF16, _) => "gemm_bf16_large",
-        (Stored::F16, 4) => "gemm_f16",
-        (Stored::F16, _) => "gemm_f16_large",
+    let kernel = match (stored.into(), tile.large) {
+        (Stored::F32, false) => "gemm_f32",
+        (Stored::F32, true) => "gemm_f32_large",
+        (Stored::BF16, false) => "gemm_bf16",
+        (Stored::BF16, true) => "gemm_bf16_large",
+        (Stored::F16, false) => "gemm_f16",
+        (Stored::F16, true) => "gemm_f16_large",
+        (Stored::Ternary, false) => "gemm_ternary",
+        (Stored::Ternary, true) => "gemm_ternary_large",
     };
     let args = [
         Arg::Buffer(a.data),

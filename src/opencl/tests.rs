@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use super::View;
-use super::gemm::gemm;
+use super::gemm::{Stored, gemm, pack};
 use super::runtime::{Arg, Grid, Runtime, Source};
 use crate::dtype::DType;
 use crate::error::Error;
@@ -97,6 +97,41 @@ fn products_have_the_same_bits_whatever_the_tile() {
         .flat_map(|i| a.slice(0, i..i + 32).unwrap().matmul(&b).unwrap().to_vec::<f32>().unwrap())
         .collect();
     assert!(whole == rows);
+}
+
+/// −1, 0 and 1 in two bits each are what they are in f32, by rows and by columns, whole and in parts.
+#[test]
+fn packed_signs_are_unpacked_as_they_are_read() {
+    let Some(gpu) = device() else { return };
+    let (rows, width) = (150, 213);
+    let sign = |i: usize| [0, 1, -1, 0, -1][(i * 7 + i / 11) % 5];
+    let packed = pack((0..rows * width).map(sign), width);
+    assert_eq!(
+        (packed.len(), packed[0] & 3, packed[0] >> 2 & 3),
+        (rows * 14, sign(0) as u32, sign(1) as u32 & 3)
+    );
+    let packed = super::upload_words(gpu.runtime().unwrap(), packed.into_iter()).unwrap();
+    let signs: Vec<f32> = (0..rows * width).map(|i| sign(i) as f32).collect();
+    let signs = Tensor::from_vec(signs, [rows, width], &gpu).unwrap();
+    let lies = Layout::contiguous(Shape::new(&[rows, 14 * 16]).unwrap()).slice(1, 0..width).unwrap();
+    for (top, left, down, across) in
+        [(0, 0, 150, 213), (3, 5, 140, 200), (16, 64, 128, 128), (149, 212, 1, 1)]
+    {
+        let cut = |layout: &Layout| {
+            layout.slice(0, top..top + down).unwrap().slice(1, left..left + across).unwrap()
+        };
+        let part = signs.with_layout(cut(signs.layout()));
+        for turned in [false, true] {
+            let turn = |layout: Layout| if turned { layout.permute(&[1, 0]).unwrap() } else { layout };
+            let (layout, want) = (turn(cut(&lies)), part.with_layout(turn(*part.layout())));
+            let x = numbers(&[70, want.dims()[0]], 1, &gpu);
+            let y = Tensor::zeros([70, want.dims()[1]], DType::F32, &gpu).unwrap();
+            let right = View { data: &packed, layout: &layout };
+            gemm(1.0, x.cl().unwrap(), (right, Stored::Ternary), 0.0, (y.cl().unwrap().data, y.layout()))
+                .unwrap();
+            assert_eq!(y.to_vec::<f32>().unwrap(), x.matmul(&want).unwrap().to_vec::<f32>().unwrap());
+        }
+    }
 }
 
 /// What is undefined in the result's memory must not reach it.

@@ -69,38 +69,59 @@ pub(super) const MOST_GROUPS: usize = i32::MAX as usize;
 /// Never with `-cl-fast-relaxed-math` or one of its parts: a mask is −∞, and a NaN has to be seen.
 pub(super) fn build_options(info: &OpenClInfo) -> String {
     let mut options = String::from("-cl-std=CL1.2");
-    // The largest tile of a matrix product whose group the device runs. It does not change the order of a sum.
-    options.push_str(&format!(" -DTHREADS={}", threads(info)));
+    let shape = shape(info);
+    options.push_str(&format!(" -DTHREADS={} -DWIDTH={}", shape.threads, shape.width));
     options
 }
 
-/// A tile of a matrix product: by a square of work-items, of which each makes a square of numbers.
+/// A tile of a matrix product, made by a square of work-items.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tile {
     pub(crate) threads: usize,
-    pub(crate) each: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    /// Whether it is the large one of the device's two.
+    pub(crate) large: bool,
 }
 
 impl Tile {
     /// How many there are for so many rows, columns and matrices.
     pub(crate) fn groups(self, [rows, cols, batch]: [usize; 3]) -> usize {
-        let side = self.threads * self.each;
-        rows.div_ceil(side) * cols.div_ceil(side) * batch
+        rows.div_ceil(self.rows) * cols.div_ceil(self.columns) * batch
     }
 }
 
-/// Processors (PoCL, Intel's) run a group's work-items one after another on one core, where the smaller
-/// tile stays in the first cache.
-fn threads(info: &OpenClInfo) -> usize {
-    if info.kind == "CPU" || info.largest_group < 256 { 8 } else { 16 }
+/// What gemm.cl is built for.
+struct TileShape {
+    threads: usize,
+    /// Columns in a vector.
+    width: usize,
+    /// Rows and vectors of columns that a work-item makes in a large tile. In a small one it makes 4 and 1.
+    large: (usize, usize),
+}
+
+/// Processors (PoCL, Intel's) run a group's work-items one after another on one core: long vectors do there what
+/// many work-items do elsewhere, and a small tile stays in the first cache.
+fn shape(info: &OpenClInfo) -> TileShape {
+    match (info.kind, info.largest_group) {
+        ("CPU", _) => TileShape { threads: 8, width: 16, large: (8, 1) },
+        (_, ..256) => TileShape { threads: 8, width: 4, large: (8, 2) },
+        _ => TileShape { threads: 16, width: 4, large: (8, 2) },
+    }
 }
 
 /// The large tile where that leaves work for all of the device: twice as many groups as it has units.
 pub(super) fn tile(info: &OpenClInfo, sizes: [usize; 3]) -> Tile {
-    let (threads, large) = (threads(info), 8);
-    let fits = sizes[0].min(sizes[1]) >= threads * large;
-    let tile = Tile { threads, each: large };
-    if fits && tile.groups(sizes) >= 2 * info.compute_units { tile } else { Tile { threads, each: 4 } }
+    let TileShape { threads, width, large: (each, vectors) } = shape(info);
+    let of = |each, vectors, large| Tile {
+        threads,
+        rows: threads * each,
+        columns: threads * width * vectors,
+        large,
+    };
+    let large = of(each, vectors, true);
+    let fits = sizes[0] >= large.rows && sizes[1] >= large.columns;
+    if fits && large.groups(sizes) >= 2 * info.compute_units { large } else { of(4, 1, false) }
 }
 
 #[cfg(test)]
@@ -136,13 +157,19 @@ mod tests {
 
     #[test]
     fn tiles_follow_the_device() {
-        assert_eq!(tile(&info(), [1024, 1024, 1]), Tile { threads: 16, each: 8 });
+        let side = |info: &OpenClInfo, sizes| {
+            let tile = tile(info, sizes);
+            (tile.threads, tile.rows, tile.columns, tile.large)
+        };
+        assert_eq!(side(&info(), [1024, 1024, 1]), (16, 128, 128, true));
         // Too few of the large ones for four units; too narrow for them.
-        assert_eq!(tile(&info(), [256, 256, 1]), Tile { threads: 16, each: 4 });
-        assert_eq!(tile(&info(), [1 << 20, 100, 1]), Tile { threads: 16, each: 4 });
+        assert_eq!(side(&info(), [256, 256, 1]), (16, 64, 64, false));
+        assert_eq!(side(&info(), [1 << 20, 100, 1]), (16, 64, 64, false));
         assert_eq!(tile(&info(), [256, 256, 2]).groups([256, 256, 2]), 8);
         let small = OpenClInfo { largest_group: 128, ..info() };
-        assert_eq!(tile(&small, [32, 32, 1]).threads, 8);
-        assert_eq!(build_options(&OpenClInfo { kind: "CPU", ..info() }), "-cl-std=CL1.2 -DTHREADS=8");
+        assert_eq!(side(&small, [32, 32, 1]), (8, 32, 32, false));
+        let cpu = OpenClInfo { kind: "CPU", ..info() };
+        assert_eq!(side(&cpu, [512, 512, 1]), (8, 64, 128, true));
+        assert_eq!(build_options(&cpu), "-cl-std=CL1.2 -DTHREADS=8 -DWIDTH=16");
     }
 }
