@@ -147,3 +147,19 @@ fn minilm_on_sst2_follows_the_cpu() {
     };
     assert_eq!(scores("cpu"), scores("opencl"));
 }
+
+#[cfg(feature = "opencl")]
+#[test]
+fn a_bench_counts_what_a_device_was_asked_for() {
+    if !is_there() {
+        return;
+    }
+    let shape =
+        ["bench", "layer", "--tokens", "9", "--in", "24", "--out", "40", "--rank", "5", "--rounds", "1"];
+    let found = object(&[&shape[..], &["--device", "opencl"]].concat());
+    assert!(found["device"].as_str().is_some_and(|name| name.contains("OpenCL")), "{found}");
+    assert!(found["opencl"]["launches"].as_u64().is_some_and(|n| n > 5), "{found}");
+    // A layer, forward and backward, is asked for without waiting for it.
+    assert_eq!((&found["opencl"]["waits"], &found["opencl"]["bytes_down"]), (&0.into(), &0.into()));
+    assert!(object(&shape)["opencl"].is_null());
+}

@@ -87,6 +87,14 @@ impl Device {
         }
     }
 
+    /// Waits until an OpenCL device has done all that it was asked for, as a clock needs it; on the CPU all is done.
+    ///
+    /// # Errors
+    /// [`Error::OpenCl`] where the device has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.runtime().map_or(Ok(()), |runtime| runtime.finish())
+    }
+
     /// What has been asked of an OpenCL device so far; all 0 on the CPU.
     pub fn opencl_counts(&self) -> OpenClCounts {
         match self {

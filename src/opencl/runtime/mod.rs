@@ -277,6 +277,12 @@ impl Runtime {
         self.driver.read(buffer.memory()?, from, into).map_err(Refusal::into_error)
     }
 
+    /// Waits for all that is queued.
+    pub(crate) fn finish(&self) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        self.driver.finish().map_err(Refusal::into_error)
+    }
+
     /// Queues a kernel, by the file that it is in and its name. A grid without any group does nothing.
     ///
     /// # Errors

@@ -222,7 +222,7 @@ impl Bases {
 
     /// The same where a device computes with them: OpenCL devices multiply with all entries, and have ternary ones
     /// in two bits each, unpacked as they are read.
-    pub(super) fn form_on(&self, device: &Device) -> Form {
+    pub fn form_on(&self, device: &Device) -> Form {
         match self.form() {
             Form::Ternary { .. } if device.runtime().is_some() => Form::Dense,
             form => form,
