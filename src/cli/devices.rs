@@ -1,6 +1,6 @@
 //! `randlora devices`: what there is to compute on.
 
-use randlora::{Device, OpenClInfo};
+use randlora::{Device, OpenClDevices, OpenClInfo};
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -19,7 +19,8 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let devices = Device::opencl_devices()?;
+    let OpenClDevices { found: devices, broken, .. } = Device::opencl_devices()?;
+    broken.iter().for_each(|error| eprintln!("note: {error}"));
     if args.json {
         return Ok(say(Value::from(devices.iter().map(object).collect::<Vec<_>>()))?);
     }
@@ -55,6 +56,7 @@ fn object(device: &OpenClInfo) -> Value {
         "version": device.version,
         "driver": device.driver,
         "memory_bytes": device.memory,
+        "shares_memory": device.shares_memory,
         "largest_buffer_bytes": device.largest_buffer,
         "local_memory_bytes": device.local_memory,
         "largest_group": device.largest_group,

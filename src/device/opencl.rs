@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{CpuDevice, Device};
 use crate::error::{Error, Result};
-use crate::opencl::runtime::{self, OpenClCounts, OpenClInfo, Runtime};
+use crate::opencl::runtime::{self, OpenClCounts, OpenClDevices, OpenClInfo, Runtime};
 
 /// An OpenCL device, and a CPU device for what it has no kernels for.
 #[derive(Debug)]
@@ -62,11 +62,11 @@ impl Device {
         })))
     }
 
-    /// What OpenCL devices this machine has.
+    /// What OpenCL devices this machine has, and what is wrong with those that do not answer.
     ///
     /// # Errors
-    /// [`Error::OpenCl`] where there is no driver, or no OpenCL in this build.
-    pub fn opencl_devices() -> Result<Vec<OpenClInfo>> {
+    /// [`Error::OpenCl`] where there is no driver or none that answers, or no OpenCL in this build.
+    pub fn opencl_devices() -> Result<OpenClDevices> {
         runtime::devices()
     }
 
@@ -85,6 +85,14 @@ impl Device {
         if let Device::OpenCl(cl) = self {
             cl.strict.store(strict, Relaxed);
         }
+    }
+
+    /// Waits until an OpenCL device has done all that it was asked for, as a clock needs it; on the CPU all is done.
+    ///
+    /// # Errors
+    /// [`Error::OpenCl`] where the device has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.runtime().map_or(Ok(()), |runtime| runtime.finish())
     }
 
     /// What has been asked of an OpenCL device so far; all 0 on the CPU.

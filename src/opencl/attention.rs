@@ -1,15 +1,15 @@
 //! Attention without a matrix of probabilities.
 
 use super::dropout::Mask;
-use super::runtime::{Arg, ClBuffer, GROUP, Grid, Source};
+use super::runtime::{Arg, ClBuffer, Grid, Source};
 use super::{View, floats, upload_words};
 use crate::error::Result;
 use crate::shape::Layout;
 
 static SOURCE: Source = Source { name: "attention.cl", text: include_str!("../../kernels/attention.cl") };
 
-/// The most keys that a query can have here: a row of probabilities lies in local memory, 12 KiB of it.
-pub(crate) const MOST_KEYS: usize = 3072;
+/// Queries, or keys, that a group works for.
+const ROWS: usize = 16;
 
 /// The inputs: (B, H, T, d), (B, Hkv, Tk, d), (B, Hkv, Tk, e).
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +51,7 @@ impl Attention<'_> {
     /// The keys as bytes, any byte where all may be attended to.
     fn keys(&self) -> Result<ClBuffer> {
         match self.keys {
-            Some(keys) => self.q.runtime().upload(keys.iter().map(|&k| k.into()).collect()),
+            Some(keys) => self.q.runtime().upload(&keys.iter().map(|&k| k.into()).collect::<Vec<u8>>()),
             None => upload_words(self.q.runtime(), [0].into_iter()),
         }
     }
@@ -65,16 +65,16 @@ impl Attention<'_> {
     }
 
     fn grid(&self, places: usize, heads: usize) -> Grid {
-        Grid { groups: [places, heads, 1], group: [GROUP, 1, 1] }
+        Grid::groups(places.div_ceil(ROWS) * heads)
     }
 
     /// y, lying as `to` says, and the log-sum-exps (B, H, T).
     pub(crate) fn forward(&self, to: &Layout) -> Result<(ClBuffer, ClBuffer)> {
-        let (runtime, [t, heads, tk, _]) = (self.q.runtime(), self.counts());
+        let (runtime, [t, heads, ..]) = (self.q.runtime(), self.counts());
         let (y, lse) = (floats(runtime, to.shape().numel())?, floats(runtime, heads * t)?);
         let (keys, sizes) = (self.keys()?, self.sizes());
         let mut args = self.args(&keys, &sizes);
-        args.extend([Arg::Buffer(&y), Arg::Layout(to), Arg::Buffer(&lse), Arg::Local(4 * tk.max(1))]);
+        args.extend([Arg::Buffer(&y), Arg::Layout(to), Arg::Buffer(&lse)]);
         runtime.launch(&SOURCE, "attention", &args, self.grid(t, heads))?;
         Ok((y, lse))
     }
@@ -90,7 +90,7 @@ impl Attention<'_> {
         args.extend(found.y.by_dimension());
         args.extend(found.dy.by_dimension());
         args.extend([Arg::Buffer(found.lse.data), Arg::Buffer(&delta)]);
-        args.extend([Arg::Buffer(&dq), Arg::Layout(to[0]), Arg::Local(4 * tk.max(1))]);
+        args.extend([Arg::Buffer(&dq), Arg::Layout(to[0])]);
         runtime.launch(&SOURCE, "attention_dq", &args, self.grid(t, heads))?;
         let mut args = self.args(&keys, &sizes);
         args.extend(found.dy.by_dimension());

@@ -67,10 +67,10 @@ pub(crate) fn floats(runtime: &Arc<Runtime>, n: usize) -> Result<ClBuffer> {
 
 /// The elements on the device.
 pub(crate) fn upload<T: Element>(runtime: &Arc<Runtime>, elements: &[T]) -> Result<ClBuffer> {
-    runtime.upload(bytes_of(elements).to_vec())
+    runtime.upload(bytes_of(elements))
 }
 
-/// Indices on the device.
-fn upload_words(runtime: &Arc<Runtime>, words: impl Iterator<Item = u32>) -> Result<ClBuffer> {
-    runtime.upload(words.flat_map(u32::to_ne_bytes).collect())
+/// Words on the device: indices, or what is packed into bits.
+pub(crate) fn upload_words(runtime: &Arc<Runtime>, words: impl Iterator<Item = u32>) -> Result<ClBuffer> {
+    runtime.upload(&words.flat_map(u32::to_ne_bytes).collect::<Vec<_>>())
 }

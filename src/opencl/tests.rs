@@ -1,17 +1,17 @@
 //! What only devices promise; that they compute what the CPU computes, `ops/cases.rs` checks.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::View;
-use super::gemm::gemm;
-use super::runtime::{Arg, Grid, Source};
+use super::gemm::{Stored, gemm, pack};
+use super::runtime::{Arg, Grid, Runtime, Source};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::nn::{Context, Init, Linear, Module};
 use crate::ops::dropout::DropoutKey;
 use crate::optim::{AdamW, Optimizer, clip_gradients};
 use crate::shape::{Layout, Shape};
-use crate::{Device, Tensor, random};
+use crate::{AttentionOptions, Device, Tensor, random};
 
 /// The first device, a new one for each test. None, with a message, where there is none; under CI that is a
 /// failure.
@@ -63,6 +63,74 @@ fn products_of_several_tiles() {
             .unwrap();
         let want = want.scale(0.5).unwrap().add(&c.scale(2.0).unwrap()).unwrap();
         assert_close(&on, &want, 1e-5);
+    }
+}
+
+/// All tiles of all kinds, in batches beyond what CUDA counts in its second and third dimension.
+#[test]
+fn products_of_many_batches_and_large_tiles() {
+    let Some(gpu) = device() else { return };
+    let cpu = Device::cpu();
+    for (batch, m, k, n) in [(70_000, 2, 3, 1), (3, 256, 40, 192), (1, 200, 33, 300), (2, 127, 16, 512)] {
+        let (a, b) = (numbers(&[batch, m, k], 1, &cpu), numbers(&[batch, n, k], 2, &cpu));
+        let turned = |b: &Tensor| b.permute(&[0, 2, 1]).unwrap();
+        let want = a.matmul(&turned(&b)).unwrap();
+        let (a, b) = (a.to_device(&gpu).unwrap(), b.to_device(&gpu).unwrap());
+        assert_close(&a.matmul(&turned(&b)).unwrap(), &want, 1e-5);
+        assert_close(&b.matmul(&turned(&a)).unwrap(), &turned(&want), 1e-5);
+        let packed = super::elementwise::contiguous(turned(&b).cl().unwrap(), DType::F32).unwrap();
+        let b = Tensor::from_cl(packed, DType::F32, Shape::new(&[batch, k, n]).unwrap(), &gpu);
+        assert_close(&a.matmul(&b).unwrap(), &want, 1e-5);
+    }
+}
+
+/// The tile is chosen by the device and the size, which must not be seen in the bits.
+#[test]
+fn products_have_the_same_bits_whatever_the_tile() {
+    let Some(gpu) = device() else { return };
+    let runtime = gpu.runtime().unwrap();
+    let (a, b) = (numbers(&[256, 70], 1, &gpu), numbers(&[70, 256], 2, &gpu));
+    assert_ne!(runtime.tile([256, 256, 1]), runtime.tile([32, 256, 1]));
+    let whole = a.matmul(&b).unwrap().to_vec::<f32>().unwrap();
+    let rows: Vec<f32> = (0..256)
+        .step_by(32)
+        .flat_map(|i| a.slice(0, i..i + 32).unwrap().matmul(&b).unwrap().to_vec::<f32>().unwrap())
+        .collect();
+    assert!(whole == rows);
+}
+
+/// −1, 0 and 1 in two bits each are what they are in f32, by rows and by columns, whole and in parts.
+#[test]
+fn packed_signs_are_unpacked_as_they_are_read() {
+    let Some(gpu) = device() else { return };
+    let (rows, width) = (150, 213);
+    let sign = |i: usize| [0, 1, -1, 0, -1][(i * 7 + i / 11) % 5];
+    let packed = pack((0..rows * width).map(sign), width);
+    assert_eq!(
+        (packed.len(), packed[0] & 3, packed[0] >> 2 & 3),
+        (rows * 14, sign(0) as u32, sign(1) as u32 & 3)
+    );
+    let packed = super::upload_words(gpu.runtime().unwrap(), packed.into_iter()).unwrap();
+    let signs: Vec<f32> = (0..rows * width).map(|i| sign(i) as f32).collect();
+    let signs = Tensor::from_vec(signs, [rows, width], &gpu).unwrap();
+    let lies = Layout::contiguous(Shape::new(&[rows, 14 * 16]).unwrap()).slice(1, 0..width).unwrap();
+    for (top, left, down, across) in
+        [(0, 0, 150, 213), (3, 5, 140, 200), (16, 64, 128, 128), (149, 212, 1, 1)]
+    {
+        let cut = |layout: &Layout| {
+            layout.slice(0, top..top + down).unwrap().slice(1, left..left + across).unwrap()
+        };
+        let part = signs.with_layout(cut(signs.layout()));
+        for turned in [false, true] {
+            let turn = |layout: Layout| if turned { layout.permute(&[1, 0]).unwrap() } else { layout };
+            let (layout, want) = (turn(cut(&lies)), part.with_layout(turn(*part.layout())));
+            let x = numbers(&[70, want.dims()[0]], 1, &gpu);
+            let y = Tensor::zeros([70, want.dims()[1]], DType::F32, &gpu).unwrap();
+            let right = View { data: &packed, layout: &layout };
+            gemm(1.0, x.cl().unwrap(), (right, Stored::Ternary), 0.0, (y.cl().unwrap().data, y.layout()))
+                .unwrap();
+            assert_eq!(y.to_vec::<f32>().unwrap(), x.matmul(&want).unwrap().to_vec::<f32>().unwrap());
+        }
     }
 }
 
@@ -155,14 +223,19 @@ fn what_does_not_build_or_fit_is_an_error() {
     for (kernel, args) in [
         ("absent", &[Arg::Buffer(&buffer), Arg::F32(1.0)][..]),
         ("set", &[Arg::Buffer(&buffer), Arg::U64(1)]),
+        ("set", &[Arg::Buffer(&buffer)]),
         ("set", &[Arg::Buffer(&buffer), Arg::F32(1.0), Arg::F32(2.0)]),
     ] {
         let error = runtime.launch(&SOUND, kernel, args, Grid::items(1)).unwrap_err();
         assert!(matches!(error, Error::OpenCl { .. }), "{error}");
     }
-    runtime
-        .launch(&SOUND, "set", &[Arg::Buffer(&buffer), Arg::F32(7.0)], Grid { groups: [1; 3], group: [1; 3] })
-        .unwrap();
+    let all = [Arg::Buffer(&buffer), Arg::F32(7.0)];
+    runtime.launch(&SOUND, "set", &all, Grid { groups: 1, group: [1; 2] }).unwrap();
+    // Also where all were set the last time.
+    let error = runtime.launch(&SOUND, "set", &all[..1], Grid::items(1)).unwrap_err().to_string();
+    assert!(error.contains("`set` has 2 arguments and got 1"), "{error}");
+    let too_many = Grid { groups: 1 << 31, group: [1; 2] };
+    assert!(runtime.launch(&SOUND, "set", &all, too_many).unwrap_err().to_string().contains("groups"));
     assert!(matches!(Device::opencl(usize::MAX), Err(Error::OpenCl { .. })));
 }
 
@@ -260,5 +333,63 @@ fn the_size_of_gradients_is_seen_beyond_f32_squares() {
         let squares = super::optim::squares(&[x.cl().unwrap()]).unwrap();
         let found = Tensor::from_cl(squares, DType::F32, Shape::new(&[2]).unwrap(), &gpu);
         assert!(!((found.to_vec::<f32>().unwrap()[0] as f64).powi(2) * 1.0).is_finite());
+    }
+}
+
+/// Pinned memory is for devices that do not share the host's, which PoCL does: it is made to say otherwise.
+#[test]
+fn copies_through_pinned_memory_are_whole() {
+    if device().is_none() {
+        return;
+    }
+    let pinned = Runtime::open_as(0, None, |info| info.shares_memory = false).unwrap();
+    let runtime = Arc::new(pinned);
+    // More than a piece, and more than may be on its way at once.
+    let large: Vec<u8> = (0..70 << 20).map(|i: u32| (i ^ i >> 9) as u8).collect();
+    for bytes in [&large[..5], &large[..(4 << 20) + 3], &large] {
+        let buffers = [(); 2].map(|()| runtime.upload(bytes).unwrap());
+        for (buffer, from) in buffers.iter().zip([0, 3]) {
+            let mut back = vec![0; bytes.len() - from];
+            runtime.download(buffer, from, &mut back).unwrap();
+            assert!(back == bytes[from..]);
+        }
+    }
+    assert!(runtime.counts().waits > 6);
+}
+
+/// Attention over more keys than fit local memory, with every kind of mask.
+#[test]
+fn attention_takes_any_number_of_keys() {
+    let Some(gpu) = device() else { return };
+    gpu.set_strict(true);
+    let (b, h, t, tk, d) = (2, 2, 19, 5000, 24);
+    let keys: Vec<bool> = (0..b * tk).map(|j| j % 7 != 3 && j < tk + 4500).collect();
+    let key = DropoutKey { seed: 4, step: 1, site: 2 };
+    for (causal, dropout) in [(true, None), (false, Some((0.3, key)))] {
+        let options = AttentionOptions {
+            causal,
+            dropout,
+            keys: Some(keys.clone().into()),
+            ..AttentionOptions::default()
+        };
+        let on = |device: &Device| {
+            let [q, k, v] = [(t, 1), (tk, 2), (tk, 3)].map(|(rows, seed)| {
+                // Scores whose largest is in no certain tile.
+                numbers(&[b, h, rows, d], seed, &Device::cpu())
+                    .scale(1.5)
+                    .unwrap()
+                    .to_device(device)
+                    .unwrap()
+                    .track()
+            });
+            let y = q.attention(&k, &v, &options).unwrap();
+            let dy = numbers(&[b, h, t, d], 4, device);
+            let gradients = y.backward_from(&dy).unwrap();
+            let of = |x: &Tensor| gradients.of(x).unwrap().clone();
+            [y.detach(), of(&q), of(&k), of(&v)].map(|x| x.to_device(&Device::cpu()).unwrap())
+        };
+        for (got, want) in on(&gpu).iter().zip(on(&Device::cpu())) {
+            assert_close(got, &want, 1e-5);
+        }
     }
 }

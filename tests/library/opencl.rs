@@ -10,7 +10,7 @@ use randlora::models::{Bert, BertLoad};
 use randlora::nn::{Context, TokenBatch, TokenIds};
 use randlora::optim::{AdamW, Optimizer, clip_gradients};
 use randlora::{
-    DType, Device, DropoutKey, Pairing, RandLoraOptions, Result, Structure, Tensor, randlora_linear,
+    DType, Device, DropoutKey, Pairing, RandLoraOptions, Result, Structure, Tensor, Way, randlora_linear,
 };
 
 fn device() -> Option<Device> {
@@ -106,20 +106,17 @@ fn randlora_keeps_its_memory_contract() {
     const MIB: usize = 1 << 20;
     let Some(gpu) = device() else { return };
     // A wide weight, for which the roles of the sides turn, and a tall one.
-    for (structure, inputs, outputs) in
-        [(Structure::Dense, 256, 16384), (Structure::Block, 4096, 4096), (Structure::Block, 8192, 2048)]
-    {
+    let (uniform, ternary) = (Distribution::Uniform, Distribution::very_sparse(256));
+    for (structure, distribution, inputs, outputs) in [
+        (Structure::Dense, uniform, 256, 16384),
+        (Structure::Dense, ternary, 16384, 256),
+        (Structure::Block, uniform, 4096, 4096),
+        (Structure::Block, uniform, 8192, 2048),
+    ] {
         let (tokens, rank) = (8, 16);
         let (small, large) = (inputs.min(outputs), inputs.max(outputs));
-        let spec = BasesSpec {
-            seed: 0,
-            distribution: Distribution::Uniform,
-            structure,
-            rank,
-            small,
-            large,
-            pairing: Pairing::Paper,
-        };
+        let spec =
+            BasesSpec { seed: 0, distribution, structure, rank, small, large, pairing: Pairing::Paper };
         let n = small.div_ceil(rank);
         let x = Tensor::ones([tokens, inputs], DType::F32, &gpu).unwrap().track();
         let w = Tensor::ones([outputs, inputs], DType::F32, &gpu).unwrap();
@@ -127,8 +124,9 @@ fn randlora_keeps_its_memory_contract() {
         let gamma = Tensor::ones([n, small], DType::F32, &gpu).unwrap().track();
         let key = DropoutKey { seed: 1, step: 2, site: 3 };
         let bases = Arc::new(spec.generate(&gpu).unwrap());
-        for dropout in [None, Some((0.1, key))] {
-            let options = RandLoraOptions { bases: bases.clone(), scale: 1e-3, dropout, ways: None };
+        let ways = [(Way::Panel, Way::Panel), (Way::Factored, Way::Factored), (Way::Panel, Way::Factored)];
+        for (ways, dropout) in ways.into_iter().flat_map(|ways| [(ways, None), (ways, Some((0.1, key)))]) {
+            let options = RandLoraOptions { bases: bases.clone(), scale: 1e-3, dropout, ways: Some(ways) };
             let run = || {
                 let y = randlora_linear(&x, &w, None, &lambda, &gamma, &options).unwrap();
                 let g = y.sum_all().unwrap().backward().unwrap();
@@ -136,6 +134,11 @@ fn randlora_keeps_its_memory_contract() {
             };
             // The first time the bases come to the device.
             run();
+            if distribution == ternary {
+                // Two bits for each entry of B, and A.
+                let all = 4 * (outputs * inputs + tokens * inputs + n * (rank + small) + rank * small);
+                assert!(gpu.memory().live_bytes < (all + large * n * rank / 4) * 9 / 8, "B is not packed");
+            }
             gpu.reset_peaks();
             let before = gpu.memory().live_bytes;
             run();
@@ -144,7 +147,7 @@ fn randlora_keeps_its_memory_contract() {
             let scratch = 9 * MIB + 4 * n * (rank + small) + 4 * 4 * tokens * (inputs + outputs);
             assert!(
                 extra <= scratch && scratch < weight,
-                "{structure:?} {inputs}→{outputs}: {extra} of {weight}"
+                "{structure:?} {inputs}→{outputs} {ways:?}: {extra} of {weight}"
             );
         }
     }

@@ -4,10 +4,11 @@ use std::any::Any;
 
 use randlora::adapters::{self, Full, Lora, Method, RandLora, RandLoraAdapter, Targets};
 use randlora::nn::{Context, Init, Linear, Module};
-use randlora::{Form, Plan, Result, Sizes, Wants, Way};
+use randlora::{Device, Form, Plan, Result, Sizes, Wants, Way};
 use serde_json::{Value, json};
 
-use super::{line, medians, number};
+use super::{asked, asked_lines, line, medians, number};
+use crate::cli::device::DeviceArgs;
 use crate::cli::method::BasesName;
 use crate::cli::model::with_threads;
 use crate::cli::precision::{self, PrecisionArgs};
@@ -44,6 +45,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
     precision: PrecisionArgs,
     /// Print one JSON object.
     #[arg(long)]
@@ -59,7 +62,7 @@ fn measure(args: &Args) -> Result<Value> {
     let [tokens, inputs, outputs, rank] =
         [args.tokens, args.inputs, args.outputs, args.rank].map(|n| n as usize);
     let (sizes, dropout) = (Sizes { tokens, inputs, outputs, rank }, args.dropout);
-    let device = args.precision.device();
+    let device = args.device.open(&args.precision)?;
     let init = Init::seeded(0, &device);
     let (x, dy) =
         (init.normal("x", [tokens, inputs], 1.0)?.track(), init.normal("dy", [tokens, outputs], 1.0)?);
@@ -79,16 +82,26 @@ fn measure(args: &Args) -> Result<Value> {
     let randlora = with(&RandLora { rank, dropout, distribution, structure, ..RandLora::default() })?;
 
     let pass = |layer: &Linear| layer.forward(&x, &Context::train(0, 0))?.backward_from(&dy).map(drop);
-    device.reset_peaks();
+    // The bases come to a device when they are first used.
     pass(&randlora)?;
-    let scratch = device.memory().scratch_peak_bytes;
+    device.reset_peaks();
+    let before = device.opencl_counts();
+    pass(&randlora)?;
+    let asked = asked(&device, before, 1);
+    let memory = device.memory();
+    let scratch = match device {
+        _ if asked.is_null() => memory.scratch_peak_bytes,
+        // The gradients of the diagonals and of x, and y, are in it.
+        _ => memory.peak_bytes - memory.live_bytes,
+    };
     let [frozen_ms, full_ms, lora_ms, randlora_ms] = medians(
         args.rounds as usize,
+        &device,
         [&mut || pass(&frozen), &mut || pass(&full), &mut || pass(&lora), &mut || pass(&randlora)],
     )?;
 
     let wants = Wants { diagonals: true, input: true, dropout: dropout > 0.0 };
-    let form = form(&randlora).unwrap_or(structure.into());
+    let form = form(&randlora, &device).unwrap_or(structure.into());
     let (plan, flops) = (Plan::new(sizes, wants, form), Plan::frozen_flops(sizes, wants));
     let ratio = 1.0 + plan.extra_flops(sizes, wants) / flops;
     Ok(json!({
@@ -98,6 +111,7 @@ fn measure(args: &Args) -> Result<Value> {
         "rank": rank,
         "bases": args.bases.name(),
         "precision": precision::done(&device).to_string(),
+        "device": device.to_string(),
         "dropout": dropout,
         "threads": rayon::current_num_threads(),
         "rounds": args.rounds,
@@ -112,13 +126,14 @@ fn measure(args: &Args) -> Result<Value> {
         "frozen_gflops": flops / frozen_ms / 1e6,
         "gflops": ratio * flops / randlora_ms / 1e6,
         "scratch_bytes": scratch,
+        "opencl": asked,
     }))
 }
 
 /// How a layer's bases are stored, which its plan follows from.
-fn form(layer: &Linear) -> Option<Form> {
+fn form(layer: &Linear, device: &Device) -> Option<Form> {
     let adapter: &dyn Any = layer.adapter()?;
-    adapter.downcast_ref::<RandLoraAdapter>().map(|adapter| adapter.bases().form())
+    adapter.downcast_ref::<RandLoraAdapter>().map(|adapter| adapter.bases().form_on(device))
 }
 
 fn name(way: Way) -> &'static str {
@@ -139,7 +154,7 @@ fn text(value: &Value) -> String {
         lines.push(vec![what.into(), format!("{ms:.2}"), format!("{:.2}", ms / frozen)]);
     }
     let ways = ["forward", "backward"].map(|half| value["route"][half].as_str().unwrap_or_default());
-    let about = [
+    let mut about = vec![
         line(
             "shape",
             format!("{} tokens, {} → {}, rank {}", value["tokens"], value["in"], value["out"], value["rank"]),
@@ -154,5 +169,6 @@ fn text(value: &Value) -> String {
         ),
         line("scratch", output::size(value["scratch_bytes"].as_u64().unwrap_or(0))),
     ];
+    about.extend(asked_lines(value));
     format!("{}\n{}", output::table(&about), output::table(&lines))
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use randlora::OpenClCounts;
 use randlora::data::Batches;
 use randlora::io::Access;
 use randlora::models::Bert;
@@ -11,7 +12,8 @@ use randlora::optim::AdamW;
 use randlora::train::{Flow, Trainer};
 use serde_json::{Value, json};
 
-use super::{line, median, number};
+use super::{asked, asked_lines, line, median, number};
+use crate::cli::device::DeviceArgs;
 use crate::cli::method::{BasesName, MethodName, Scale, Settings};
 use crate::cli::model::with_threads;
 use crate::cli::output::{count, peak_memory, say, size, table};
@@ -56,6 +58,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
     precision: PrecisionArgs,
     /// Print one JSON object.
     #[arg(long)]
@@ -71,7 +75,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn measure(args: &Args) -> Result<Value, Failure> {
-    let (method, device) = (args.method, args.precision.device());
+    let (method, device) = (args.method, args.device.open(&args.precision)?);
     let [rows, length, steps] = [args.batch_size, args.length, args.steps].map(|n| n as usize);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
     let Args { targets, bases, .. } = args;
@@ -100,7 +104,12 @@ fn measure(args: &Args) -> Result<Value, Failure> {
         ..Trainer::new(AdamW::new(), 1e-4, WARM_UP + steps)
     };
     let (mut times, mut start) = (vec![], Instant::now());
+    let mut before = OpenClCounts::default();
     trainer.fit(&mut model, &batches, loss, |_, _| {
+        if times.len() < WARM_UP {
+            before = device.opencl_counts();
+        }
+        device.synchronize()?;
         times.push(start.elapsed().as_secs_f64());
         start = Instant::now();
         Ok(Flow::Continue)
@@ -111,6 +120,7 @@ fn measure(args: &Args) -> Result<Value, Failure> {
         "rank": rank,
         "bases": (method == MethodName::Randlora).then(|| args.bases.unwrap_or_default().name()),
         "precision": precision::done(&device).to_string(),
+        "device": device.to_string(),
         "batch_size": rows,
         "length": length,
         "threads": rayon::current_num_threads(),
@@ -121,6 +131,7 @@ fn measure(args: &Args) -> Result<Value, Failure> {
         "tokens_per_s": (rows * length) as f64 / step_ms * 1e3,
         "tensor_peak_bytes": device.memory().peak_bytes,
         "peak_rss_bytes": peak_memory(),
+        "opencl": asked(&device, before, steps),
     }))
 }
 
@@ -141,5 +152,6 @@ fn text(value: &Value) -> String {
     if let Some(bytes) = value["peak_rss_bytes"].as_u64() {
         lines.push(line("process", format!("{} at most", size(bytes))));
     }
+    lines.extend(asked_lines(value));
     table(&lines)
 }

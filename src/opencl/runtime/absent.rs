@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{Argument, Grid, OpenClInfo};
+use super::refusal::Asked;
+use super::{Argument, Grid, Listed};
 use crate::error::{Error, Result};
 
 /// No device is of this type, and so on.
@@ -12,28 +13,28 @@ pub(super) enum Driver {}
 pub(super) enum Memory {}
 pub(super) enum Program {}
 
-pub(super) fn list() -> Result<Vec<(Id, OpenClInfo)>> {
+pub(super) fn list() -> Result<Listed> {
     Err(Error::opencl("devices", "this build has none: build with the feature `opencl`"))
 }
 
 impl Driver {
-    pub(super) fn open(id: Id) -> Result<Driver> {
+    pub(super) fn open(id: Id, _: bool) -> Result<Driver> {
         match id {}
     }
 
-    pub(super) fn allocate(&self, _: usize) -> Result<Memory> {
+    pub(super) fn allocate(&self, _: usize) -> Asked<Memory> {
         match *self {}
     }
 
-    pub(super) fn write(&self, _: &Memory, _: Vec<u8>) -> Result<bool> {
+    pub(super) fn write(&self, _: &Memory, _: &[u8]) -> Asked<bool> {
         match *self {}
     }
 
-    pub(super) fn read(&self, _: &Memory, _: usize, _: &mut [u8]) -> Result<()> {
+    pub(super) fn read(&self, _: &Memory, _: usize, _: &mut [u8]) -> Asked<()> {
         match *self {}
     }
 
-    pub(super) fn finish(&self) -> Result<()> {
+    pub(super) fn finish(&self) -> Asked<()> {
         match *self {}
     }
 
@@ -41,7 +42,7 @@ impl Driver {
         match *self {}
     }
 
-    pub(super) fn launch(&self, _: &mut Program, _: &'static str, _: &[Argument<'_>], _: Grid) -> Result<()> {
+    pub(super) fn launch(&self, _: &mut Program, _: &'static str, _: &[Argument<'_>], _: Grid) -> Asked<()> {
         match *self {}
     }
 }

@@ -3,40 +3,39 @@
 //! Only what OpenCL 1.2 has. Handles are released when dropped; that this fails, as on a lost device, is
 //! nothing that anybody could act on, and no reason to panic.
 
+mod list;
+mod staging;
+
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use opencl3::command_queue as queue;
 use opencl3::context::context;
-use opencl3::device::{CL_DEVICE_TYPE_ALL, CL_DEVICE_TYPE_CPU, CL_DEVICE_TYPE_GPU, Device};
-use opencl3::error_codes::{ClError, DLOPEN_RUNTIME_LOAD_FAILED, error_text};
+use opencl3::device::Device;
+use opencl3::error_codes::{ClError, error_text};
 use opencl3::event::release_event;
 use opencl3::memory as cl_memory;
-use opencl3::platform::{Platform, get_platforms};
 use opencl3::types::{CL_FALSE, CL_TRUE, cl_device_id, cl_event, cl_int};
 use opencl3::{kernel as cl_kernel, program as cl_program};
 
-use super::{Argument, Grid, OpenClInfo, quirks};
+use super::refusal::{Asked, Refusal};
+use super::{Argument, Grid};
 use crate::error::{Error, Result};
+pub(super) use list::list;
+use staging::{PIECE, Pinned};
 
-/// The code for a machine on which no driver is installed (`cl_khr_icd`).
-const PLATFORM_NOT_FOUND: cl_int = -1001;
-const DEVICE_NOT_FOUND: cl_int = -1;
-const MEM_OBJECT_ALLOCATION_FAILURE: cl_int = -4;
-const OUT_OF_RESOURCES: cl_int = -5;
+/// CL_OUT_OF_HOST_MEMORY.
+const NO_HOST_MEMORY: cl_int = -6;
+const INVALID_KERNEL_NAME: cl_int = -46;
+const INVALID_KERNEL_ARGS: cl_int = -52;
 
-fn failed(what: impl Into<String>, code: cl_int) -> Error {
-    let hint = match code {
-        MEM_OBJECT_ALLOCATION_FAILURE | OUT_OF_RESOURCES => {
-            ": the device is out of memory or of another resource, or it is lost; use a smaller batch"
-        }
-        _ => "",
-    };
-    Error::opencl(what, format!("{} ({code}){hint}", error_text(code)))
+fn refused(what: impl Into<String>, code: cl_int) -> Refusal {
+    Refusal { what: what.into(), code, name: error_text(code) }
 }
 
 /// An OpenCL object that is released with the value.
@@ -63,67 +62,36 @@ unsafe impl Sync for Handle {}
 /// A device that was listed.
 pub(super) struct Id(cl_device_id);
 
-/// All devices of all platforms.
-pub(super) fn list() -> Result<Vec<(Id, OpenClInfo)>> {
-    let _alone = quirks::FIRST_QUESTION.lock().unwrap_or_else(PoisonError::into_inner);
-    let platforms = get_platforms().map_err(|ClError(code)| match code {
-        DLOPEN_RUNTIME_LOAD_FAILED => Error::opencl(
-            "devices",
-            "this machine has no OpenCL library: install the driver of its GPU, or PoCL (`pocl-opencl-icd`) \
-             for its processor",
-        ),
-        PLATFORM_NOT_FOUND => Error::opencl(
-            "devices",
-            "no driver is installed for OpenCL: install that of the GPU, or PoCL for the processor",
-        ),
-        code => failed("devices", code),
-    })?;
-    let mut found = vec![];
-    for platform in platforms {
-        let devices = match platform.get_devices(CL_DEVICE_TYPE_ALL) {
-            Ok(devices) => devices,
-            Err(ClError(DEVICE_NOT_FOUND)) => continue,
-            Err(ClError(code)) => return Err(failed("devices", code)),
-        };
-        for id in devices {
-            let info = describe(&platform, id).map_err(|ClError(code)| failed("devices", code))?;
-            found.push((Id(id), info));
-        }
-    }
-    Ok(found)
-}
-
-fn describe(platform: &Platform, id: cl_device_id) -> opencl3::Result<OpenClInfo> {
-    let device = Device::new(id);
-    let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-    let text = |text: String| text.trim_end_matches('\0').trim().to_string();
-    Ok(OpenClInfo {
-        platform: text(platform.name()?),
-        name: text(device.name()?),
-        vendor: text(device.vendor()?),
-        version: text(device.version()?),
-        driver: text(device.driver_version()?),
-        kind: match device.dev_type()? {
-            kind if kind & CL_DEVICE_TYPE_GPU != 0 => "GPU",
-            kind if kind & CL_DEVICE_TYPE_CPU != 0 => "CPU",
-            _ => "accelerator",
-        },
-        memory: size(device.global_mem_size()?),
-        largest_buffer: size(device.max_mem_alloc_size()?),
-        local_memory: size(device.local_mem_size()?),
-        largest_group: device.max_work_group_size()?,
-        compute_units: device.max_compute_units()? as usize,
-        extensions: text(device.extensions()?).split_whitespace().map(String::from).collect(),
-    })
-}
-
 /// A device's context and its queue.
 pub(super) struct Driver {
+    // Dropped in this order: what is pinned before the queue that mapped it.
+    transfers: Mutex<Transfers>,
     queue: Handle,
     context: Handle,
     device: Handle,
-    /// What is being copied to the device: it has to stay until it has arrived.
-    in_flight: Mutex<Vec<Vec<u8>>>,
+    /// Whether copies go through pinned memory.
+    pins: bool,
+}
+
+/// What host memory the device may be copying from.
+#[derive(Default)]
+struct Transfers {
+    /// It has to stay until it has arrived.
+    in_flight: Vec<Vec<u8>>,
+    pinned_in_flight: Vec<Pinned>,
+    pinned: Vec<Pinned>,
+}
+
+impl Transfers {
+    /// The queue has come past all copies.
+    fn arrived(&mut self) {
+        self.in_flight.clear();
+        self.pinned.append(&mut self.pinned_in_flight);
+    }
+
+    fn bytes(&self) -> usize {
+        self.in_flight.iter().map(Vec::len).sum::<usize>() + PIECE * self.pinned_in_flight.len()
+    }
 }
 
 /// Memory on the device.
@@ -133,80 +101,124 @@ pub(super) struct Memory(Handle);
 /// Built kernels.
 pub(super) struct Program {
     program: Handle,
-    kernels: HashMap<&'static str, Handle>,
+    kernels: HashMap<&'static str, Kernel>,
+}
+
+struct Kernel {
+    handle: Handle,
+    /// How many arguments it has.
+    arguments: usize,
 }
 
 /// Bytes on their way to the device above which the host waits for them.
 const MOST_IN_FLIGHT: usize = 64 << 20;
 
 impl Driver {
-    pub(super) fn open(Id(device): Id) -> Result<Driver> {
+    pub(super) fn open(Id(device): Id, pins: bool) -> Result<Driver> {
         let keep = |_: *mut c_void| Ok(());
         let context = context::create_context(&[device], ptr::null(), None, ptr::null_mut())
-            .map_err(|code| failed("open", code))?;
+            .map_err(|code| refused("open", code).into_error())?;
         let context = Handle { raw: context, release: context::release_context };
         // SAFETY: the device is one of the context's.
         let queue = unsafe { queue::create_command_queue(context.raw, device, 0) };
-        let queue = queue.map_err(|code| failed("open", code))?;
+        let queue = queue.map_err(|code| refused("open", code).into_error())?;
         let queue = Handle { raw: queue, release: queue::release_command_queue };
         // A device of a platform, unlike a part of one, is never released.
-        Ok(Driver {
-            queue,
-            context,
-            device: Handle { raw: device, release: keep },
-            in_flight: Mutex::default(),
-        })
+        let device = Handle { raw: device, release: keep };
+        Ok(Driver { transfers: Mutex::default(), queue, context, device, pins })
     }
 
-    pub(super) fn allocate(&self, bytes: usize) -> Result<Memory> {
+    fn transfers(&self) -> MutexGuard<'_, Transfers> {
+        self.transfers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn allocate(&self, bytes: usize) -> Asked<Memory> {
         // SAFETY: without a host pointer there is no memory of ours that OpenCL could use.
         let memory = unsafe {
             cl_memory::create_buffer(self.context.raw, cl_memory::CL_MEM_READ_WRITE, bytes, ptr::null_mut())
         };
-        let memory = memory.map_err(|code| failed("buffer", code))?;
+        let memory = memory.map_err(|code| refused("buffer", code))?;
         Ok(Memory(Handle { raw: memory, release: cl_memory::release_mem_object }))
     }
 
     /// Queues the copy of all bytes to the start of the memory. Whether the host had to wait for it.
-    pub(super) fn write(&self, memory: &Memory, bytes: Vec<u8>) -> Result<bool> {
-        if bytes.is_empty() {
-            return Ok(false);
+    pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> Asked<bool> {
+        let mut transfers = self.transfers();
+        let mut waited = false;
+        for (from, part) in (0..).step_by(PIECE).zip(bytes.chunks(PIECE)) {
+            if transfers.bytes() + part.len() > MOST_IN_FLIGHT {
+                self.wait(&mut transfers)?;
+                waited = true;
+            }
+            if self.pins {
+                let mut piece = transfers.pinned.pop().map_or_else(|| self.pin(), Ok)?;
+                piece.bytes()[..part.len()].copy_from_slice(part);
+                let queued = self.queue_write(memory, from, &piece.bytes()[..part.len()]);
+                transfers.pinned_in_flight.push(piece);
+                queued?;
+            } else {
+                let part = part.to_vec();
+                let queued = self.queue_write(memory, from, &part);
+                transfers.in_flight.push(part);
+                queued?;
+            }
         }
-        let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: `bytes` goes to `in_flight`, which nobody empties before the queue has come past the copy
-        // (or, where the queue fails, before the process ends).
+        Ok(waited)
+    }
+
+    fn pin(&self) -> Asked<Pinned> {
+        Pinned::new(&self.context, &self.queue)
+    }
+
+    /// Queues a copy. The caller keeps the bytes where they are in `transfers`.
+    fn queue_write(&self, memory: &Memory, at: usize, bytes: &[u8]) -> Asked<()> {
+        let (from, len) = (bytes.as_ptr().cast(), bytes.len());
+        // SAFETY: whatever comes of it, the bytes go to `transfers`, which nobody empties before the queue has
+        // come past the copy (or, where the queue fails, before the process ends).
         let event = unsafe {
-            let (from, len) = (bytes.as_ptr().cast(), bytes.len());
-            queue::enqueue_write_buffer(self.queue.raw, memory.0.raw, CL_FALSE, 0, len, from, 0, ptr::null())
+            queue::enqueue_write_buffer(self.queue.raw, memory.0.raw, CL_FALSE, at, len, from, 0, ptr::null())
         };
-        in_flight.push(bytes);
-        release(event.map_err(|code| failed("write", code))?);
-        let wait = in_flight.iter().map(Vec::len).sum::<usize>() > MOST_IN_FLIGHT;
-        drop(in_flight);
-        if wait {
-            self.finish()?;
-        }
-        Ok(wait)
+        release(event.map_err(|code| refused("write", code))?);
+        Ok(())
     }
 
     /// Reads from byte `from` of the memory on. All that was queued before is done then.
-    pub(super) fn read(&self, memory: &Memory, from: usize, into: &mut [u8]) -> Result<()> {
-        let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn read(&self, memory: &Memory, from: usize, into: &mut [u8]) -> Asked<()> {
+        let mut transfers = self.transfers();
+        if !self.pins {
+            self.read_into(memory, from, into)?;
+            transfers.arrived();
+            return Ok(());
+        }
+        let mut piece = transfers.pinned.pop().map_or_else(|| self.pin(), Ok)?;
+        for (at, part) in (from..).step_by(PIECE).zip(into.chunks_mut(PIECE)) {
+            let pinned = &mut piece.bytes()[..part.len()];
+            self.read_into(memory, at, pinned)?;
+            part.copy_from_slice(pinned);
+        }
+        transfers.pinned.push(piece);
+        transfers.arrived();
+        Ok(())
+    }
+
+    fn read_into(&self, memory: &Memory, from: usize, into: &mut [u8]) -> Asked<()> {
         // SAFETY: the call comes back when `into` is filled; OpenCL checks the range in the memory.
         let event = unsafe {
             let (to, len) = (into.as_mut_ptr().cast(), into.len());
             queue::enqueue_read_buffer(self.queue.raw, memory.0.raw, CL_TRUE, from, len, to, 0, ptr::null())
         };
-        release(event.map_err(|code| failed("read", code))?);
-        in_flight.clear();
+        release(event.map_err(|code| refused("read", code))?);
         Ok(())
     }
 
     /// Waits for all that is queued.
-    pub(super) fn finish(&self) -> Result<()> {
-        let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        queue::finish(self.queue.raw).map_err(|code| failed("wait", code))?;
-        in_flight.clear();
+    pub(super) fn finish(&self) -> Asked<()> {
+        self.wait(&mut self.transfers())
+    }
+
+    fn wait(&self, transfers: &mut Transfers) -> Asked<()> {
+        queue::finish(self.queue.raw).map_err(|code| refused("wait", code))?;
+        transfers.arrived();
         Ok(())
     }
 
@@ -233,7 +245,7 @@ impl Driver {
             Some(program) => program,
             None => {
                 let program = cl_program::create_program_with_source(self.context.raw, &[text])
-                    .map_err(|code| failed(name, code))?;
+                    .map_err(|code| refused(name, code).into_error())?;
                 let program = Handle { raw: program, release: cl_program::release_program };
                 let program = self.built(program, &options).map_err(|(code, log)| {
                     Error::opencl(name, format!("does not build: {} ({code})\n{log}", error_text(code)))
@@ -264,7 +276,8 @@ impl Driver {
     fn kept_at(&self, folder: &Path, name: &str, text: &str, options: &str) -> Result<PathBuf> {
         let device = Device::new(self.device.raw);
         let mut hasher = DefaultHasher::new();
-        let of = |text: opencl3::Result<String>| text.map_err(|ClError(code)| failed("cache", code));
+        let of =
+            |text: opencl3::Result<String>| text.map_err(|ClError(code)| refused("cache", code).into_error());
         (text, options, of(device.name())?, of(device.driver_version())?).hash(&mut hasher);
         Ok(folder.join(format!("{name}-{:016x}.bin", hasher.finish())))
     }
@@ -272,7 +285,7 @@ impl Driver {
     /// Writes a built program to a file, whole or not at all.
     fn keep(&self, program: &Handle, path: &Path) -> Result<()> {
         let binaries = cl_program::get_program_info(program.raw, cl_program::CL_PROGRAM_BINARIES);
-        let binaries: Vec<Vec<u8>> = binaries.map_err(|code| failed("cache", code))?.into();
+        let binaries: Vec<Vec<u8>> = binaries.map_err(|code| refused("cache", code).into_error())?.into();
         let Some(binary) = binaries.into_iter().next().filter(|binary| !binary.is_empty()) else {
             return Ok(());
         };
@@ -296,28 +309,32 @@ impl Driver {
         name: &'static str,
         args: &[Argument<'_>],
         grid: Grid,
-    ) -> Result<()> {
+    ) -> Asked<()> {
         let kernel = program.kernel(name)?;
+        // What is left out would keep its value of the last time.
+        if args.len() != kernel.arguments {
+            let what = format!("`{name}` has {} arguments and got {}", kernel.arguments, args.len());
+            return Err(refused(what, INVALID_KERNEL_ARGS));
+        }
+        let kernel = kernel.handle.raw;
         for (i, arg) in args.iter().enumerate() {
             let (size, value) = match arg {
                 Argument::Memory(memory) => (size_of::<*mut c_void>(), ptr::from_ref(&memory.0.raw).cast()),
                 Argument::Bytes(bytes) => (bytes.len(), bytes.as_ptr().cast()),
-                Argument::Local(bytes) => (*bytes, ptr::null()),
             };
-            // SAFETY: `value` points to `size` bytes, which OpenCL copies, or is null for local memory; OpenCL
-            // knows the argument's kind and size and refuses another.
+            // SAFETY: `value` points to `size` bytes, which OpenCL copies; OpenCL knows the argument's kind and size and refuses another.
             let set = unsafe { cl_kernel::set_kernel_arg(kernel, i as u32, size, value) };
-            set.map_err(|code| failed(format!("argument {i} of `{name}`"), code))?;
+            set.map_err(|code| refused(format!("argument {i} of `{name}`"), code))?;
         }
-        let global: [usize; 3] = std::array::from_fn(|i| grid.groups[i] * grid.group[i]);
+        let global = [grid.groups * grid.group[0], grid.group[1]];
         let (offset, local) = (ptr::null(), grid.group.as_ptr());
-        // SAFETY: the sizes are three each; all arguments are set, or OpenCL refuses. What the kernel itself
-        // reads and writes is for its source, which this crate brings along, to keep within its buffers.
+        // SAFETY: the sizes are two each; all arguments are set. What the kernel itself reads and writes is for
+        // its source, which this crate brings along, to keep within its buffers.
         let event = unsafe {
             let queue = self.queue.raw;
-            queue::enqueue_nd_range_kernel(queue, kernel, 3, offset, global.as_ptr(), local, 0, ptr::null())
+            queue::enqueue_nd_range_kernel(queue, kernel, 2, offset, global.as_ptr(), local, 0, ptr::null())
         };
-        release(event.map_err(|code| failed(format!("`{name}`"), code))?);
+        release(event.map_err(|code| refused(format!("`{name}`"), code))?);
         Ok(())
     }
 }
@@ -326,22 +343,28 @@ impl Drop for Driver {
     fn drop(&mut self) {
         // What is in flight must not be freed under the device; if it fails, it is leaked.
         if self.finish().is_err() {
-            let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::forget(std::mem::take(&mut *in_flight));
+            std::mem::forget(std::mem::take(&mut *self.transfers()));
         }
     }
 }
 
 impl Program {
-    fn kernel(&mut self, name: &'static str) -> Result<*mut c_void> {
-        if let Some(kernel) = self.kernels.get(name) {
-            return Ok(kernel.raw);
-        }
-        let text = CString::new(name).map_err(|_| Error::opencl(name, "a name with a zero byte"))?;
-        let kernel = cl_kernel::create_kernel(self.program.raw, &text)
-            .map_err(|code| failed(format!("kernel `{name}`"), code))?;
-        self.kernels.insert(name, Handle { raw: kernel, release: cl_kernel::release_kernel });
-        Ok(kernel)
+    fn kernel(&mut self, name: &'static str) -> Asked<&Kernel> {
+        Ok(match self.kernels.entry(name) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Kernel::of(&self.program, name)?),
+        })
+    }
+}
+
+impl Kernel {
+    fn of(program: &Handle, name: &'static str) -> Asked<Kernel> {
+        let failed = |code| refused(format!("kernel `{name}`"), code);
+        let text = CString::new(name).map_err(|_| failed(INVALID_KERNEL_NAME))?;
+        let raw = cl_kernel::create_kernel(program.raw, &text).map_err(failed)?;
+        let handle = Handle { raw, release: cl_kernel::release_kernel };
+        let arguments = cl_kernel::get_kernel_info(raw, cl_kernel::CL_KERNEL_NUM_ARGS).map_err(failed)?;
+        Ok(Kernel { handle, arguments: arguments.to_uint() as usize })
     }
 }
 

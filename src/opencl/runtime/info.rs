@@ -1,5 +1,17 @@
 //! What a device says of itself.
 
+use crate::error::Error;
+
+/// The OpenCL devices of a machine.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct OpenClDevices {
+    /// Those that answer.
+    pub found: Vec<OpenClInfo>,
+    /// What is wrong with platforms and devices that do not.
+    pub broken: Vec<Error>,
+}
+
 /// An OpenCL device, as `randlora devices` lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -18,6 +30,8 @@ pub struct OpenClInfo {
     pub kind: &'static str,
     /// Bytes of memory.
     pub memory: usize,
+    /// Whether that is the memory of the host.
+    pub shares_memory: bool,
     /// The largest buffer that it has, in bytes.
     pub largest_buffer: usize,
     /// Bytes that the work-items of a group share.

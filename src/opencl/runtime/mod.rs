@@ -14,6 +14,7 @@ mod driver;
 mod info;
 mod pool;
 mod quirks;
+mod refusal;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -25,9 +26,11 @@ use crate::error::{Error, Result};
 use crate::shape::{Layout, MAX_RANK};
 use driver::{Driver, Memory, Program};
 use pool::Pool;
+use refusal::{Asked, Refusal, with_relief};
 
-pub use info::OpenClInfo;
+pub use info::{OpenClDevices, OpenClInfo};
 pub(crate) use pool::PoolBytes;
+pub(crate) use quirks::Tile;
 
 /// The kernels of one file.
 #[derive(Debug)]
@@ -56,16 +59,14 @@ pub(crate) enum Arg<'a> {
     Walk(&'a Layout),
     /// A struct of words of 32 bits.
     Words(&'a [u32]),
-    /// So many bytes of local memory.
-    Local(usize),
 }
 
-/// How many work-items run: so many in each dimension, in groups of a size.
+/// How many work-items run: so many groups, in one dimension, of a size in two.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(feature = "opencl"), allow(dead_code))] // Nobody runs any then.
 pub(crate) struct Grid {
-    pub(crate) groups: [usize; 3],
-    pub(crate) group: [usize; 3],
+    pub(crate) groups: usize,
+    #[cfg_attr(not(feature = "opencl"), allow(dead_code))] // Nobody runs any then.
+    pub(crate) group: [usize; 2],
 }
 
 /// Work-items in a group where nothing else is said. A constant: sums within a group are cut by it.
@@ -82,7 +83,7 @@ impl Grid {
 
     /// So many groups of [`GROUP`].
     pub(crate) fn groups(n: usize) -> Grid {
-        Grid { groups: [n, 1, 1], group: [GROUP, 1, 1] }
+        Grid { groups: n, group: [GROUP, 1] }
     }
 }
 
@@ -124,24 +125,40 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Devices, and what is wrong with those that do not answer.
+type Listed = (Vec<(driver::Id, OpenClInfo)>, Vec<Error>);
+
 /// All devices of all platforms, in the order that the index of [`Runtime::open`] counts.
-pub(crate) fn devices() -> Result<Vec<OpenClInfo>> {
-    Ok(driver::list()?.into_iter().map(|(_, info)| info).collect())
+pub(crate) fn devices() -> Result<OpenClDevices> {
+    let (found, broken) = driver::list()?;
+    Ok(OpenClDevices { found: found.into_iter().map(|(_, info)| info).collect(), broken })
 }
 
 impl Runtime {
     /// Opens device `index`. Built programs are kept in the folder `cache`, if there is one.
-    #[cfg_attr(not(feature = "opencl"), allow(unreachable_code, unused_variables))] // There is none then.
     pub(crate) fn open(index: usize, cache: Option<PathBuf>) -> Result<Runtime> {
-        let mut found = driver::list()?;
+        Runtime::open_as(index, cache, |_| {})
+    }
+
+    /// The same with what the device says of itself changed first.
+    #[cfg_attr(not(feature = "opencl"), allow(unreachable_code, unused_variables))] // There is none then.
+    pub(crate) fn open_as(
+        index: usize,
+        cache: Option<PathBuf>,
+        change: impl FnOnce(&mut OpenClInfo),
+    ) -> Result<Runtime> {
+        let (mut found, broken) = driver::list()?;
         if index >= found.len() {
-            let message = format!("there is no device {index}: this machine has {} of them", found.len());
+            let broken: String = broken.iter().map(|error| format!("; {error}")).collect();
+            let message =
+                format!("there is no device {index}: this machine has {} of them{broken}", found.len());
             return Err(Error::opencl("open", message));
         }
-        let (id, info) = found.swap_remove(index);
+        let (id, mut info) = found.swap_remove(index);
+        change(&mut info);
         quirks::check(&info)?;
         Ok(Runtime {
-            driver: Driver::open(id)?,
+            driver: Driver::open(id, quirks::pins(&info))?,
             options: quirks::build_options(&info),
             info,
             cache,
@@ -158,9 +175,9 @@ impl Runtime {
         &self.info
     }
 
-    /// Rows and columns of a tile of a matrix product.
-    pub(crate) fn tile(&self) -> usize {
-        quirks::tile(&self.info)
+    /// The tiles for products of so many rows, columns and matrices.
+    pub(crate) fn tile(&self, sizes: [usize; 3]) -> Tile {
+        quirks::tile(&self.info, sizes)
     }
 
     pub(crate) fn counts(&self) -> OpenClCounts {
@@ -207,27 +224,40 @@ impl Runtime {
         let taken = lock(&self.pool).take(size);
         let memory = match taken {
             Some(memory) => memory,
-            None => self.fresh(size).map_err(|_| Error::OutOfMemory { bytes })?,
+            None => {
+                let memory =
+                    self.relieved(|| self.driver.allocate(size), |_| Error::OutOfMemory { bytes })?;
+                lock(&self.pool).count_fresh(size);
+                memory
+            }
         };
         Ok(ClBuffer { memory: Some(memory), size, runtime: self.clone() })
     }
 
-    /// New memory; where there is none, what is free in the pool is given up for it first.
-    fn fresh(&self, size: usize) -> Result<Memory> {
-        let memory = self.driver.allocate(size).or_else(|_| {
+    /// Does `act`; where there is no memory for it, what is free in the pool is given up for it first.
+    fn relieved<T>(&self, act: impl FnMut() -> Asked<T>, full: impl FnOnce(Refusal) -> Error) -> Result<T> {
+        let relieve = || {
             self.trim();
-            self.driver.finish()?;
-            self.driver.allocate(size)
-        })?;
-        lock(&self.pool).count_fresh(size);
-        Ok(memory)
+            self.driver.finish()
+        };
+        with_relief(act, relieve, || self.driver.finish().is_ok(), full)
+    }
+
+    /// What is said where the device finds no room for what is in its buffers already.
+    fn full(&self, refusal: Refusal) -> Error {
+        let live = self.memory().live;
+        let message = format!(
+            "no memory on the device beside {live} bytes in use: use a smaller batch or a shorter sequence"
+        );
+        Error::opencl(refusal.what, message)
     }
 
     /// A buffer that holds these bytes. They are on their way when this returns.
-    pub(crate) fn upload(self: &Arc<Self>, bytes: Vec<u8>) -> Result<ClBuffer> {
+    pub(crate) fn upload(self: &Arc<Self>, bytes: &[u8]) -> Result<ClBuffer> {
         let buffer = self.buffer(bytes.len())?;
         self.bytes_up.fetch_add(bytes.len(), Relaxed);
-        if self.driver.write(buffer.memory()?, bytes)? {
+        let memory = buffer.memory()?;
+        if self.relieved(|| self.driver.write(memory, bytes), |refusal| self.full(refusal))? {
             self.waits.fetch_add(1, Relaxed);
         }
         Ok(buffer)
@@ -240,7 +270,17 @@ impl Runtime {
         }
         self.waits.fetch_add(1, Relaxed);
         self.bytes_down.fetch_add(into.len(), Relaxed);
-        if into.is_empty() { Ok(()) } else { self.driver.read(buffer.memory()?, from, into) }
+        if into.is_empty() {
+            return Ok(());
+        }
+        // Read twice, it might be what a kernel that failed has left.
+        self.driver.read(buffer.memory()?, from, into).map_err(Refusal::into_error)
+    }
+
+    /// Waits for all that is queued.
+    pub(crate) fn finish(&self) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        self.driver.finish().map_err(Refusal::into_error)
     }
 
     /// Queues a kernel, by the file that it is in and its name. A grid without any group does nothing.
@@ -255,8 +295,13 @@ impl Runtime {
         args: &[Arg<'_>],
         grid: Grid,
     ) -> Result<()> {
-        if grid.groups.contains(&0) {
+        if grid.groups == 0 {
             return Ok(());
+        }
+        if grid.groups > quirks::MOST_GROUPS {
+            let message =
+                format!("{} groups are more than devices count: cut the tensor into parts", grid.groups);
+            return Err(Error::opencl(kernel, message));
         }
         let args = args.iter().map(|arg| self.argument(kernel, arg)).collect::<Result<Vec<_>>>()?;
         let mut programs = lock(&self.programs);
@@ -265,7 +310,7 @@ impl Runtime {
             std::collections::hash_map::Entry::Vacant(entry) => entry.insert(self.build(source)?),
         };
         self.launches.fetch_add(1, Relaxed);
-        self.driver.launch(program, kernel, &args, grid)
+        self.relieved(|| self.driver.launch(program, kernel, &args, grid), |refusal| self.full(refusal))
     }
 
     fn build(&self, source: &Source) -> Result<Program> {
@@ -286,7 +331,6 @@ impl Runtime {
             Arg::F32(x) => Argument::Bytes(x.to_ne_bytes().into()),
             Arg::Size(n) => Argument::Bytes(narrow(n)?.to_ne_bytes().into()),
             Arg::Words(words) => Argument::Bytes(words.iter().flat_map(|word| word.to_ne_bytes()).collect()),
-            Arg::Local(bytes) => Argument::Local(bytes),
             Arg::Layout(layout) => Argument::Bytes(layout_bytes(layout, narrow)?),
             Arg::Walk(layout) => Argument::Bytes(layout_bytes(&layout.merged(), narrow)?),
         })
@@ -313,7 +357,6 @@ fn layout_bytes(layout: &Layout, narrow: impl Fn(usize) -> Result<u32>) -> Resul
 enum Argument<'a> {
     Memory(&'a Memory),
     Bytes(Vec<u8>),
-    Local(usize),
 }
 
 /// Memory on a device, which goes back to its pool when dropped.

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use super::cl::ClBases;
 use super::plan::Sizes;
 use crate::compute;
 use crate::cpu::gemm::Mat;
@@ -111,7 +112,7 @@ pub struct Bases {
     /// The n of the factor √n that block bases were made with.
     made_for: usize,
     /// Both on the OpenCL device that they were last used on. All else is done with them in host memory.
-    on_device: OnceLock<(Tensor, Tensor)>,
+    on_device: OnceLock<ClBases>,
 }
 
 impl Bases {
@@ -219,6 +220,15 @@ impl Bases {
         }
     }
 
+    /// The same where a device computes with them: OpenCL devices multiply with all entries, and have ternary ones
+    /// in two bits each, unpacked as they are read.
+    pub fn form_on(&self, device: &Device) -> Form {
+        match self.form() {
+            Form::Ternary { .. } if device.runtime().is_some() => Form::Dense,
+            form => form,
+        }
+    }
+
     /// Which row of the scaled A meets which column of B.
     pub fn pairing(&self) -> Pairing {
         self.pairing
@@ -239,13 +249,13 @@ impl Bases {
     }
 
     /// A and B on an OpenCL device. They are moved once, whatever the number of layers that share them.
-    pub(super) fn on_device(&self, device: &Device) -> Result<(Tensor, Tensor)> {
-        if let Some((a, b)) = self.on_device.get()
-            && a.device().is(device)
+    pub(super) fn on_device(&self, device: &Device) -> Result<ClBases> {
+        if let Some(moved) = self.on_device.get()
+            && moved.a.device().is(device)
         {
-            return Ok((a.clone(), b.clone()));
+            return Ok(moved.clone());
         }
-        let moved = (self.a.moved(device)?, self.b()?.moved(device)?);
+        let moved = ClBases::of(self, device)?;
         // Of two that come at once, or of two devices, the first one's stay.
         let _ = self.on_device.set(moved.clone());
         Ok(moved)

@@ -52,7 +52,7 @@ pub struct RandLoraOptions {
     pub scale: f64,
     /// Dropout of the adapter's input: its probability and key. The frozen layer gets all of x.
     pub dropout: Option<(f64, DropoutKey)>,
-    /// These ways instead of the cheapest ones. An OpenCL device always takes the panel way.
+    /// These ways instead of the cheapest ones.
     pub ways: Option<(Way, Way)>,
 }
 
@@ -85,10 +85,8 @@ pub fn randlora_linear(
         input: x.is_tracked(),
         dropout: dropout.is_some(),
     };
-    let form = options.bases.form();
+    let form = options.bases.form_on(x.device());
     let plan = match options.ways {
-        // What an OpenCL device has kernels for.
-        _ if x.is_on_opencl() => Plan::forced(sizes, wants, form, Way::Panel, Way::Panel),
         None => Plan::new(sizes, wants, form),
         Some((forward, backward)) => Plan::forced(sizes, wants, form, forward, backward),
     };
@@ -170,7 +168,7 @@ impl Op for RandLora {
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         if x[0].is_on_opencl() {
-            return Ok((self.cl_forward(x)?, vec![]));
+            return self.cl_forward(x);
         }
         dispatch!("randlora", x[0].dtype(), T => self.forward_in::<T>(x))
     }
@@ -184,7 +182,7 @@ impl Op for RandLora {
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         if dy.is_on_opencl() {
-            return self.cl_vjp(x, dy, need);
+            return self.cl_vjp(x, aux, dy, need);
         }
         dispatch!("randlora", dy.dtype(), T => self.vjp_in::<T>(x, aux, dy, need))
     }
