@@ -4,7 +4,7 @@ use crate::command::{Work, arguments, failure, randlora, refs};
 #[cfg(feature = "opencl")]
 use crate::command::{object, text};
 #[cfg(feature = "opencl")]
-use common::Folder;
+use crate::common::Folder;
 #[cfg(feature = "opencl")]
 use serde_json::Value;
 #[cfg(feature = "opencl")]

@@ -43,6 +43,8 @@ pub(crate) fn cases() -> Vec<Case> {
     const LONG: &[&str] = &["1 2 150 3", "1 1 130 3", "1 1 130 2"];
     const KEY: DropoutKey = DropoutKey { seed: 1, step: 2, site: 3 };
     type Options = AttentionOptions;
+    // With a few keys the differences that the gradient of the scores is made of may nearly vanish: f32 then shows
+    // little but rounding (1.07e-5 was met). The case of fixed size takes no more than all others.
     let case = |name, inputs, options: fn(usize, usize) -> Options| {
         Case::new(
             name,
@@ -50,6 +52,7 @@ pub(crate) fn cases() -> Vec<Case> {
             move |x| x[0].attention(x[1], x[2], &options(x[1].dims()[0], x[1].dims()[2])),
             move |x| twin(x, &options(x[1].dims[0], x[1].dims[2])),
         )
+        .f32_tolerance(1e-4)
     };
     vec![
         case("attention", OWN, |_, _| Options::default()),
@@ -70,7 +73,8 @@ pub(crate) fn cases() -> Vec<Case> {
             keys: padding(b, tk),
             dropout: Some((0.2, KEY)),
             ..Options::default()
-        }),
+        })
+        .f32_tolerance(1e-5),
     ]
 }
 

@@ -138,8 +138,10 @@ impl<T: Float> Kernel for FillTile<'_, T> {
     fn run(self) {
         for (q, line) in self.tile.iter_mut().enumerate() {
             let (a, gamma, lambda) = self.layer.factors(q, &self.columns);
-            for ((out, &a), &gamma) in line.iter_mut().zip(a).zip(gamma) {
-                *out = lambda * a * gamma;
+            let (a, gamma) = (&a[..self.columns.len()], &gamma[..self.columns.len()]);
+            let line = &mut line[..a.len()];
+            for j in 0..a.len() {
+                line[j] = lambda * a[j] * gamma[j];
             }
         }
     }
