@@ -102,13 +102,13 @@ float ternary(global const uint *x, uint i) {
                 VECTOR made = alpha * sum[i][j];                                                              \
                 /* What c holds where beta is 0 may be anything, NaN too. */                                  \
                 if (c_col == 1 && s + WIDTH <= n) {                                                           \
-                    VSTORE(beta == 0.0f ? made : made + beta * VLOAD(0, to), 0, to);                          \
+                    VSTORE(beta == 0.0f ? made : fma((VECTOR)beta, VLOAD(0, to), made), 0, to);                          \
                     continue;                                                                                 \
                 }                                                                                             \
                 float each[WIDTH];                                                                            \
                 VSTORE(made, 0, each);                                                                        \
                 for (uint e = 0; e < WIDTH && s + e < n; ++e)                                                 \
-                    to[e * c_col] = beta == 0.0f ? each[e] : each[e] + beta * to[e * c_col];                  \
+                    to[e * c_col] = beta == 0.0f ? each[e] : fma(beta, to[e * c_col], each[e]);                  \
             }                                                                                                 \
     }
 

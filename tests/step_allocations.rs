@@ -129,7 +129,7 @@ fn steps(distribution: Distribution, structure: Structure) -> Result<()> {
 
 /// Buffers for each node of the graph that do not come out of the pool: a node has an output, a gradient for each
 /// input, and scratch.
-const LARGE_PER_NODE: usize = 4;
+const LARGE_PER_NODE: usize = 2;
 /// Small allocations for each node of the graph: the operation, the node, its list of parents and what it
 /// saves, the tensors, and lists of shapes and of tasks for threads.
 const SMALL_PER_NODE: usize = 80;

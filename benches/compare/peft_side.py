@@ -34,7 +34,7 @@ AT_LEAST, ROUNDS, WARM_UP = 0.01, 7, 2
 
 def settle():
     """Waits for a card: a clock must not stop before the work does."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

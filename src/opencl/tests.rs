@@ -145,6 +145,16 @@ fn a_product_onto_nothing_ignores_what_was_there() {
     assert!(y.to_vec::<f32>().unwrap().iter().all(|y| y.is_finite()));
 }
 
+/// The view begins where the buffer, rounded up to 256 bytes, has ended.
+#[test]
+fn a_view_of_nothing_is_read_from_anywhere() {
+    let Some(gpu) = device() else { return };
+    let rows = Tensor::zeros([2, 33], DType::F32, &gpu).unwrap();
+    let nothing = rows.slice(0, 2..2).unwrap();
+    assert!(nothing.to_vec::<f32>().unwrap().is_empty());
+    assert_eq!(nothing.to_device(&Device::cpu()).unwrap().dims(), [0, 33]);
+}
+
 #[test]
 fn dropout_has_the_same_bits() {
     let Some(gpu) = device() else { return };

@@ -106,10 +106,10 @@ fn measure(args: &Args) -> Result<Value, Failure> {
     let (mut times, mut start) = (vec![], Instant::now());
     let mut before = OpenClCounts::default();
     trainer.fit(&mut model, &batches, loss, |_, _| {
+        device.synchronize()?;
         if times.len() < WARM_UP {
             before = device.opencl_counts();
         }
-        device.synchronize()?;
         times.push(start.elapsed().as_secs_f64());
         start = Instant::now();
         Ok(Flow::Continue)

@@ -82,7 +82,11 @@ impl LayerGemm for f32 {
         onto: Onto<'_, f32>,
         c: MatMut<'_, f32>,
     ) -> Result<()> {
-        if device.precision() == Precision::Bf16 && c.rows.min(c.cols) >= WORTHWHILE && a.cols > 0 {
+        if device.precision() == Precision::Bf16
+            && c.rows.min(c.cols) >= WORTHWHILE
+            && a.cols > 0
+            && alpha != 0.0
+        {
             #[cfg(test)]
             if device.emulates_bf16() {
                 return product(micro::Emulated, device, alpha, a, b, onto, c);

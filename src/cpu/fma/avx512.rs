@@ -62,7 +62,8 @@ unsafe fn strip<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Befo
                 sum[0] = _mm512_fmadd_ps(x, low, sum[0]);
                 sum[1] = _mm512_fmadd_ps(x, high, sum[1]);
             }
-            from = from.add(a.col);
+            // After the last line nothing need be there.
+            from = from.wrapping_add(a.col);
         }
     }
     let (alpha, beta) = (_mm512_set1_ps(alpha), _mm512_set1_ps(before.beta));

@@ -2,8 +2,8 @@
 //!
 //! For c = a·b the right factor is packed once, into panels as wide as a few registers, that all threads
 //! read; the left one is read where it lies, or a block at a time is copied into the thread's cache where
-//! its rows do not lie one after another (dyᵀ·x). A thread takes 48 rows of c at a time, a block of a that stays in
-//! its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16 elements with AVX2 and 12 × 32 with AVX-512, and reads
+//! its rows do not lie one after another (dyᵀ·x). A thread takes 48 rows of c at a time, for which a block of a
+//! stays in its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16 elements with AVX2 and 12 × 32 with AVX-512, and reads
 //! a number of a for each of its rows and one row of the panel: close to the processor's peak. An element of c
 //! is the same sum in the same order wherever it lies, so the result has the same bits on any number of threads.
 //!
@@ -27,8 +27,8 @@ const ROWS: usize = 48;
 /// Terms that are summed in registers before they are added to c, at most: a panel of so many rows stays
 /// in the cache.
 const DEPTH: usize = 384;
-/// Elements that are packed at a time, at most, but for a rounded width: 4 MiB.
-const PACKED: usize = 1 << 20;
+/// Elements that are packed at a time, at most, but for a rounded width: 2 MiB.
+const PACKED: usize = 1 << 19;
 /// Columns of a piece of c, at least.
 const NARROW: usize = 128;
 /// Rows that lie far apart are asked for so many before they are read: the processor does not guess them.
@@ -125,8 +125,9 @@ unsafe fn product_by(
     let depth = k.div_ceil(k.div_ceil(DEPTH));
     let columns = n.div_ceil(n.div_ceil(PACKED / depth)).next_multiple_of(wide);
     let deep = (PACKED / columns / depth).clamp(1, k.div_ceil(depth)) * depth;
-    // A line more than is packed, to begin where a line of the cache does.
-    let Ok(mut memory) = device.buffer::<f32>(columns * deep + 16) else { return false };
+    // A line more than is packed, to begin where a line of the cache does. As much for every product, so that one
+    // that is done leaves the next what it asks for.
+    let Ok(mut memory) = device.buffer::<f32>((columns * deep).max(PACKED) + 16) else { return false };
     // SAFETY: every pattern of bits is a line.
     let (before, _, _) = unsafe { memory.align_to_mut::<Line>() };
     let first = before.len();
@@ -240,6 +241,7 @@ fn copied(a: Mat<'_, f32>, to: &mut [MaybeUninit<f32>; ROWS * DEPTH]) -> Left {
 }
 
 /// Asks for the lines of `count` numbers from `first` on, which need not be there.
+#[allow(unused_unsafe, reason = "safe in newer versions of the standard library")]
 fn prefetch(first: *const f32, count: usize) {
     for line in (0..count + 15).step_by(16) {
         // SAFETY: nothing is read.

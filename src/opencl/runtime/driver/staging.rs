@@ -37,10 +37,13 @@ impl Pinned {
         };
         release(event.map_err(|code| refused("pinned memory", code))?);
         // A driver that says that all went well and gives nothing is out of it.
-        let bytes = NonNull::new(to.cast()).ok_or_else(|| refused("pinned memory", super::NO_HOST_MEMORY))?;
+        let bytes =
+            NonNull::new(to.cast::<u8>()).ok_or_else(|| refused("pinned memory", super::NO_HOST_MEMORY))?;
         // SAFETY: it is a queue, and released as often as it is retained.
         unsafe { queue::retain_command_queue(on.raw) }.map_err(|code| refused("pinned memory", code))?;
         let queue = Handle { raw: on.raw, release: queue::release_command_queue };
+        // SAFETY: so many bytes were mapped to be written. What they hold before is the driver's.
+        unsafe { bytes.as_ptr().write_bytes(0, PIECE) };
         Ok(Pinned { bytes, buffer, queue })
     }
 
