@@ -301,8 +301,9 @@ impl Gemm for f32 {
         onto: Onto<'_, f32>,
         out: Out<f32>,
     ) -> bool {
-        // SAFETY: the caller's.
-        unsafe { crate::cpu::fma::product(device, alpha, a, b, onto, out) }
+        // SAFETY: the caller's, and the processor has what the kernel needs.
+        crate::cpu::fma::Kernel::fastest()
+            .is_some_and(|kernel| unsafe { kernel.product(device, alpha, a, b, onto, out) })
     }
 
     unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
@@ -383,18 +384,22 @@ impl Gemm for f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::device::Device;
     use proptest::prelude::*;
 
-    fn random(len: usize, seed: u64) -> Vec<f64> {
+    pub(in crate::cpu) fn random(len: usize, seed: u64) -> Vec<f64> {
         let next = |i: usize| (i as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
         (0..len).map(|i| next(i + 1) as f64 / (1u64 << 23) as f64 - 1.0).collect()
     }
 
+    pub(in crate::cpu) fn narrow(numbers: &[f64]) -> Vec<f32> {
+        numbers.iter().map(|&x| x as f32).collect()
+    }
+
     /// The slow twin.
-    fn naive(alpha: f64, a: Mat<'_, f64>, b: Mat<'_, f64>, beta: f64, c: MatMut<'_, f64>) {
+    pub(in crate::cpu) fn naive(alpha: f64, a: Mat<'_, f64>, b: Mat<'_, f64>, beta: f64, c: MatMut<'_, f64>) {
         for i in 0..c.rows {
             for j in 0..c.cols {
                 let dot: f64 =
@@ -459,7 +464,6 @@ mod tests {
             let ((ar, ac), (br, bc)) = (mat(m, k, ta), mat(k, n, tb));
             // Numbers that f32 holds exactly.
             let (a, b, row) = (random(ar * (ac + pad), 1), random(br * (bc + pad), 2), random(n, 4));
-            let narrow = |v: &[f64]| v.iter().map(|&x| x as f32).collect::<Vec<_>>();
             let (a32, b32, row32) = (narrow(&a), narrow(&b), narrow(&row));
             fn view<T>(data: &[T], (rows, cols, pad, t): (usize, usize, usize, bool)) -> Mat<'_, T> {
                 let m = Mat { data, rows, cols, row: cols + pad, col: 1 };
@@ -497,7 +501,6 @@ mod tests {
         let (a, b) = (random(m * k, 5), random(k * n, 6));
         let mut want = vec![0.0; m * n];
         naive(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, MatMut::new(&mut want, m, n));
-        let narrow = |v: &[f64]| v.iter().map(|&x| x as f32).collect::<Vec<_>>();
         let (a, b) = (narrow(&a), narrow(&b));
         let (mut got, mut got_lean) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
         let (device, c) = (Device::cpu(), MatMut::new(&mut got, m, n));

@@ -42,6 +42,16 @@ pub(crate) fn vectorize<K: Kernel>(kernel: K) -> K::Out {
     kernel.run()
 }
 
+/// Has the cache fetch the line of this number, which need not be there.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[allow(unused_unsafe, reason = "safe in newer versions of the standard library")]
+pub(crate) fn prefetch(number: *const f32) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint: it reads nothing that the program sees, from any address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(number.cast()) }
+}
+
 /// Other architectures' vectors are part of their baseline (NEON) or chosen at build time (wasm).
 #[cfg(not(target_arch = "x86_64"))]
 #[inline]

@@ -261,9 +261,6 @@ impl<'a, T: Float> Sums<'a, T> {
     }
 
     /// Row `row` of the part times a tile.
-    ///
-    /// By indices: `zip` asks for lengths in calls that are not always inlined, in the middle of the sums.
-    #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     fn row(&self, row: usize, tile: &[Line<T>]) -> Line<T> {
         let Part { lists, rows, columns } = self.t;
@@ -271,15 +268,11 @@ impl<'a, T: Float> Sums<'a, T> {
         let mut sums = [T::ZERO; WIDTH];
         for &column in lists.list(row, false, columns) {
             let x = &tile[column as usize - columns.start];
-            for i in 0..WIDTH {
-                sums[i] += x[i];
-            }
+            sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += x);
         }
         for &column in lists.list(row, true, columns) {
             let x = &tile[column as usize - columns.start];
-            for i in 0..WIDTH {
-                sums[i] = sums[i] - x[i];
-            }
+            sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum = *sum - x);
         }
         sums
     }

@@ -1,8 +1,9 @@
 //! What the tests of the command share: running it, and examples for the tiny models.
 
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::{Map, Value, json};
 
@@ -21,6 +22,18 @@ pub(crate) fn command(args: &[&str]) -> Command {
 
 pub(crate) fn randlora(args: &[&str]) -> Output {
     command(args).output().expect("the command runs")
+}
+
+/// What comes of it with this on standard input.
+pub(crate) fn fed(args: &[&str], lines: impl AsRef<[u8]>) -> Output {
+    let mut child = command(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command runs");
+    child.stdin.take().expect("a pipe").write_all(lines.as_ref()).expect("it reads");
+    child.wait_with_output().expect("it ends")
 }
 
 /// What a success prints.

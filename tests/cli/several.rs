@@ -1,10 +1,8 @@
 //! Several adapters with `eval`, `predict` and `merge`: one after the other on one base, and as a weighted sum.
 
-use std::io::Write;
 use std::path::Path;
-use std::process::Stdio;
 
-use crate::command::{Work, arguments, command, failure, fixture, object, randlora, refs, text};
+use crate::command::{Work, arguments, failure, fed, fixture, object, randlora, refs, text};
 use crate::common::{distance, expected, largest, tensors};
 use randlora::io::save_safetensors;
 use randlora::{DType, Device, Tensor};
@@ -140,14 +138,7 @@ fn lines_choose_their_adapter() {
         let adapters = adapters(names);
         let args =
             [&["predict", "--model", &model, "--json", "--jsonl"][..], &refs(&adapters), more].concat();
-        let mut child = command(&args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the command runs");
-        child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("it reads");
-        let output = child.wait_with_output().expect("it ends");
+        let output = fed(&args, lines);
         let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
         (text(output.stdout), text(output.stderr))
     };

@@ -1,9 +1,6 @@
 //! `randlora finetune`, `eval` and `predict` from outside, on texts in every kind of file.
 
-use std::io::Write;
-use std::process::Stdio;
-
-use crate::command::{Work, command, examples, fixture, object, randlora, text, word};
+use crate::command::{Work, examples, fed, fixture, object, randlora, text, word};
 use serde_json::{Value, json};
 
 /// The text that has these tokens.
@@ -154,14 +151,7 @@ fn predictions_of_arguments_and_of_lines() {
     let adapter = work.path("out/best");
     let args = ["predict", "--model", &model, "--adapter", &adapter];
     let with = |more: &[&str], lines: &str| {
-        let mut child = command(&[&args[..], more].concat())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the command runs");
-        child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("it reads");
-        let output = child.wait_with_output().expect("it ends");
+        let output = fed(&[&args[..], more].concat(), lines);
         assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
         String::from_utf8(output.stdout).expect("UTF-8")
     };
@@ -203,14 +193,7 @@ fn a_line_that_cannot_be_read_is_named() {
     let work = Work::empty("lines");
     let (model, adapter) = (model(&work), fixture("our_adapters/lora"));
     let refused = |more: &[&str], lines: &[u8]| {
-        let mut child = command(&[&["predict", "--model", &model, "--adapter", &adapter], more].concat())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the command runs");
-        child.stdin.take().expect("a pipe").write_all(lines).expect("it reads");
-        let output = child.wait_with_output().expect("it ends");
+        let output = fed(&[&["predict", "--model", &model, "--adapter", &adapter], more].concat(), lines);
         assert_eq!(output.status.code(), Some(1));
         String::from_utf8(output.stderr).expect("UTF-8")
     };

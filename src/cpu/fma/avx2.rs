@@ -2,14 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::{AHEAD, Before, Kernel, Left, prefetch};
+use super::{AHEAD, Before, Kernel, Left, prefetch_row};
 use crate::cpu::gemm::{Mat, Out};
 
 const STRIP: usize = 6;
 const WIDTH: usize = 16;
 
 /// Products whose left factor has to be copied are as fast by the kernels of `gemm` here.
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: false, fewest: 0, pack, strips };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: false, fewest: 0, pack, strip };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
@@ -39,7 +39,7 @@ pub(super) unsafe fn pack_columns<const W: usize>(b: Mat<'_, f32>, panel: &mut [
     }
     if b.col == 1 {
         for (i, line) in lines.iter_mut().enumerate() {
-            prefetch(b.data.as_ptr().wrapping_add((i + AHEAD) * b.row), W);
+            prefetch_row(b.data.as_ptr().wrapping_add((i + AHEAD) * b.row), W);
             line.copy_from_slice(&b.data[i * b.row..][..W]);
         }
         return;
@@ -94,37 +94,32 @@ unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: us
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn strips(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) {
-    for row in (0..c.rows).step_by(STRIP) {
-        // SAFETY: the strip's elements are among those that the caller vouches for.
-        unsafe {
-            let a = Left { data: a.data.add(row * a.row), ..a };
-            let before = Before { data: before.data.add(row * before.row), ..before };
-            let c = c.tile(row, 0, STRIP.min(c.rows - row), c.cols);
-            match c.rows {
-                6 => strip::<6>(alpha, a, panel, before, c),
-                5 => strip::<5>(alpha, a, panel, before, c),
-                4 => strip::<4>(alpha, a, panel, before, c),
-                3 => strip::<3>(alpha, a, panel, before, c),
-                2 => strip::<2>(alpha, a, panel, before, c),
-                _ => strip::<1>(alpha, a, panel, before, c),
-            }
+unsafe fn strip(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+    // SAFETY: the caller's.
+    unsafe {
+        match c.rows {
+            STRIP.. => rows::<STRIP>(alpha, a, panel, before, c),
+            5 => rows::<5>(alpha, a, panel, before, c),
+            4 => rows::<4>(alpha, a, panel, before, c),
+            3 => rows::<3>(alpha, a, panel, before, c),
+            2 => rows::<2>(alpha, a, panel, before, c),
+            _ => rows::<1>(alpha, a, panel, before, c),
         }
     }
 }
 
-/// [`strips`] for R rows.
+/// [`strip`] for R rows.
 ///
 /// # Safety
 /// R rows of a as long as the panel, and those of c and before as wide as c, must be there; the
 /// processor must have AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn strip<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) {
+unsafe fn rows<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     let mut from = a.data;
     // What c is added to, or overwritten, is on its way while the products are summed.
     for r in 0..R {
-        prefetch(c.data.wrapping_add(r * c.row), c.cols);
+        prefetch_row(c.data.wrapping_add(r * c.row), c.cols);
     }
     for line in panel.as_chunks::<WIDTH>().0 {
         // SAFETY: a line has 16 elements; the rest is the caller's.
@@ -164,4 +159,5 @@ unsafe fn strip<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Befo
             }
         }
     }
+    R
 }

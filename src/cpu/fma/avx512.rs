@@ -2,13 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::{Before, Kernel, Left, avx2, prefetch};
+use super::{Before, Kernel, Left, avx2, prefetch_row};
 use crate::cpu::gemm::{Mat, Out};
 
 const STRIP: usize = 12;
 const WIDTH: usize = 32;
 
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: true, fewest: 192, pack, strips };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: true, fewest: 192, pack, strip };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx512f") && avx2::is_there()
@@ -21,37 +21,30 @@ unsafe fn pack(b: Mat<'_, f32>, panel: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn strips(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) {
-    let mut row = 0;
-    while row < c.rows {
-        let left = c.rows - row;
-        // SAFETY: the strip's elements are among those that the caller vouches for.
-        unsafe {
-            let a = Left { data: a.data.add(row * a.row), ..a };
-            let before = Before { data: before.data.add(row * before.row), ..before };
-            let c = c.tile(row, 0, left, c.cols);
-            row += match left {
-                STRIP.. => strip::<STRIP>(alpha, a, panel, before, c),
-                6.. => strip::<6>(alpha, a, panel, before, c),
-                3.. => strip::<3>(alpha, a, panel, before, c),
-                _ => strip::<1>(alpha, a, panel, before, c),
-            };
+unsafe fn strip(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+    // SAFETY: the caller's.
+    unsafe {
+        match c.rows {
+            STRIP.. => rows::<STRIP>(alpha, a, panel, before, c),
+            6.. => rows::<6>(alpha, a, panel, before, c),
+            3.. => rows::<3>(alpha, a, panel, before, c),
+            _ => rows::<1>(alpha, a, panel, before, c),
         }
     }
 }
 
-/// [`strips`] for the first R rows of c, which are then done.
+/// [`strip`] for R rows.
 ///
 /// # Safety
 /// R rows of a as long as the panel, and those of c and before as wide as c, must be there; the
 /// processor must have AVX-512.
 #[target_feature(enable = "avx512f")]
-unsafe fn strip<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+unsafe fn rows<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     let mut from = a.data;
     // What c is added to, or overwritten, is on its way while the products are summed.
     for r in 0..R {
-        prefetch(c.data.wrapping_add(r * c.row), c.cols);
+        prefetch_row(c.data.wrapping_add(r * c.row), c.cols);
     }
     for line in panel.as_chunks::<WIDTH>().0 {
         // SAFETY: a line has 32 elements; the rest is the caller's.

@@ -3,9 +3,10 @@
 //! For c = a·b the right factor is packed once, into panels as wide as a few registers, that all threads
 //! read; the left one is read where it lies, or a block at a time is copied into the thread's cache where
 //! its rows do not lie one after another (dyᵀ·x). A thread takes 48 rows of c at a time, for which a block of a
-//! stays in its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16 elements with AVX2 and 12 × 32 with AVX-512, and reads
-//! a number of a for each of its rows and one row of the panel: close to the processor's peak. An element of c
-//! is the same sum in the same order wherever it lies, so the result has the same bits on any number of threads.
+//! stays in its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16
+//! elements with AVX2 and 12 × 32 with AVX-512, and reads a number of a for each of its rows and one row of the
+//! panel: close to the processor's peak. An element of c is the same sum in the same order wherever it lies, so
+//! the result has the same bits on any number of threads.
 //!
 //! Inner loops are written without closures: one that passes through a function of `core` is inlined by
 //! link-time optimisation or not at all.
@@ -13,13 +14,13 @@
 mod avx2;
 mod avx512;
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::cpu::gemm::{Mat, Onto, Out};
 use crate::cpu::parallel;
+use crate::cpu::simd::prefetch;
 use crate::device::CpuDevice;
 
 /// Rows of c that a thread takes at a time: a multiple of every kernel's strip.
@@ -50,7 +51,7 @@ struct Before {
     beta: f32,
 }
 
-/// The rows of the left factor that a strip begins with: element (i, j) at `data + i·row + j·col`.
+/// Rows of the left factor: element (i, j) at `data + i·row + j·col`.
 #[derive(Clone, Copy)]
 struct Left {
     data: *const f32,
@@ -60,7 +61,7 @@ struct Left {
 
 /// What depends on the processor's registers.
 #[derive(Clone, Copy)]
-struct Kernel {
+pub(super) struct Kernel {
     /// Columns of c that are held in registers: a row of a panel.
     width: usize,
     /// Whether left factors whose rows do not lie one after another gain by it too.
@@ -69,8 +70,9 @@ struct Kernel {
     fewest: usize,
     /// Writes the columns of b, at most `width`, as a panel: a row of it holds a row of b, and zeros after it.
     pack: unsafe fn(b: Mat<'_, f32>, panel: &mut [f32]),
-    /// c ← alpha·a·panel + before, for any rows of c and at most `width` columns.
-    strips: unsafe fn(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>),
+    /// c ← alpha·a·panel + before for the first rows of c, which has at most `width` columns: as many as it holds
+    /// in registers. How many these were.
+    strip: unsafe fn(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize,
 }
 
 impl Kernel {
@@ -79,73 +81,65 @@ impl Kernel {
         let kernels = [(avx512::KERNEL, avx512::is_there()), (avx2::KERNEL, avx2::is_there())];
         kernels.into_iter().filter(|(_, is_there)| *is_there).map(|(kernel, _)| kernel)
     }
-}
 
-/// c ← alpha·a·b + what it is put onto, if this processor, these strides and the memory suit; whether
-/// they did.
-///
-/// # Safety
-/// Every element that the strides reach must lie in its slice or matrix, the elements of c must be
-/// distinct and nobody else's, and no dimension may be 0.
-pub(super) unsafe fn product(
-    device: &Arc<CpuDevice>,
-    alpha: f32,
-    a: Mat<'_, f32>,
-    b: Mat<'_, f32>,
-    onto: Onto<'_, f32>,
-    c: Out<f32>,
-) -> bool {
-    // SAFETY: the caller's, and the processor has what the kernel needs.
-    Kernel::all().next().is_some_and(|kernel| unsafe { product_by(kernel, device, alpha, a, b, onto, c) })
-}
+    /// The fastest, if there is one.
+    pub(super) fn fastest() -> Option<Kernel> {
+        Kernel::all().next()
+    }
 
-/// See [`product`].
-///
-/// # Safety
-/// That of [`product`]; the processor must have what the kernel needs.
-unsafe fn product_by(
-    kernel: Kernel,
-    device: &Arc<CpuDevice>,
-    alpha: f32,
-    a: Mat<'_, f32>,
-    b: Mat<'_, f32>,
-    onto: Onto<'_, f32>,
-    c: Out<f32>,
-) -> bool {
-    // Where columns of c lie one after another instead of rows, cᵀ = bᵀ·aᵀ.
-    let turned = c.col != 1 && matches!(onto, Onto::Itself(_));
-    let (a, b, c) = if turned { (b.t(), a.t(), c.t()) } else { (a, b, c) };
-    if c.rows < kernel.fewest && b.col == 1 {
-        return false;
-    }
-    if !(a.col == 1 || a.row == 1 && kernel.turns) || c.col != 1 || (b.row != 1 && b.col != 1) {
-        return false;
-    }
-    let (n, k, wide) = (c.cols, a.cols, kernel.width);
-    let depth = k.div_ceil(k.div_ceil(DEPTH));
-    let columns = n.div_ceil(n.div_ceil(PACKED / depth)).next_multiple_of(wide);
-    let deep = (PACKED / columns / depth).clamp(1, k.div_ceil(depth)) * depth;
-    // A line more than is packed, to begin where a line of the cache does. As much for every product, so that one
-    // that is done leaves the next what it asks for.
-    let Ok(mut memory) = device.buffer::<f32>((columns * deep).max(PACKED) + 16) else { return false };
-    // SAFETY: every pattern of bits is a line.
-    let (before, _, _) = unsafe { memory.align_to_mut::<Line>() };
-    let first = before.len();
-    let Some(data) = memory.get_mut(first..first + columns * deep) else { return false };
-    for start in (0..k).step_by(deep) {
-        let deep = deep.min(k - start);
-        let (a, b) = (a.columns(start, deep), b.rows(start, deep));
-        let onto = if start == 0 { onto } else { Onto::Itself(1.0) };
-        for from in (0..n).step_by(columns) {
-            let width = columns.min(n - from);
-            // SAFETY: the caller's, and the processor has what the kernel needs.
-            unsafe {
-                let panels = Panels::pack(kernel, b.columns(from, width), depth, data);
-                panels.product(alpha, a, onto.columns(from..from + width), c.tile(0, from, c.rows, width));
+    /// c ← alpha·a·b + what it is put onto, if these strides and the memory suit; whether they did.
+    ///
+    /// # Safety
+    /// Every element that the strides reach must lie in its slice or matrix, the elements of c must be
+    /// distinct and nobody else's, and no dimension may be 0. The processor must have what the kernel needs.
+    pub(super) unsafe fn product(
+        self,
+        device: &Arc<CpuDevice>,
+        alpha: f32,
+        a: Mat<'_, f32>,
+        b: Mat<'_, f32>,
+        onto: Onto<'_, f32>,
+        c: Out<f32>,
+    ) -> bool {
+        // Where columns of c lie one after another instead of rows, cᵀ = bᵀ·aᵀ.
+        let turned = c.col != 1 && matches!(onto, Onto::Itself(_));
+        let (a, b, c) = if turned { (b.t(), a.t(), c.t()) } else { (a, b, c) };
+        let left = a.col == 1 || a.row == 1 && self.turns;
+        let right = b.row == 1 || b.col == 1 && c.rows >= self.fewest;
+        if !left || !right || c.col != 1 {
+            return false;
+        }
+        let (n, k, wide) = (c.cols, a.cols, self.width);
+        let depth = k.div_ceil(k.div_ceil(DEPTH));
+        let columns = n.div_ceil(n.div_ceil(PACKED / depth)).next_multiple_of(wide);
+        let deep = (PACKED / columns / depth).clamp(1, k.div_ceil(depth)) * depth;
+        // A line more than is packed, to begin where a line of the cache does. As much for every product, so that one
+        // that is done leaves the next what it asks for.
+        let Ok(mut memory) = device.buffer::<f32>((columns * deep).max(PACKED) + 16) else { return false };
+        // SAFETY: every pattern of bits is a line.
+        let (before, _, _) = unsafe { memory.align_to_mut::<Line>() };
+        let first = before.len();
+        let Some(data) = memory.get_mut(first..first + columns * deep) else { return false };
+        for start in (0..k).step_by(deep) {
+            let deep = deep.min(k - start);
+            let (a, b) = (a.columns(start, deep), b.rows(start, deep));
+            let onto = if start == 0 { onto } else { Onto::Itself(1.0) };
+            for from in (0..n).step_by(columns) {
+                let width = columns.min(n - from);
+                // SAFETY: the caller's, and the processor has what the kernel needs.
+                unsafe {
+                    let panels = Panels::pack(self, b.columns(from, width), depth, data);
+                    panels.product(
+                        alpha,
+                        a,
+                        onto.columns(from..from + width),
+                        c.tile(0, from, c.rows, width),
+                    );
+                }
             }
         }
+        true
     }
-    true
 }
 
 /// The right factor, in panels of a kernel's width and at most `depth` rows: all panels of the first `depth` rows,
@@ -174,7 +168,7 @@ impl<'a> Panels<'a> {
     /// c ← alpha·a·panels + what it is put onto, in pieces that threads share out.
     ///
     /// # Safety
-    /// As for [`product`]; the processor must have what the kernel needs.
+    /// That of [`Kernel::product`].
     unsafe fn product(&self, alpha: f32, a: Mat<'_, f32>, onto: Onto<'_, f32>, c: Out<f32>) {
         let down = c.rows.div_ceil(ROWS);
         let columns = c.cols.div_ceil(PIECES.div_ceil(down)).max(NARROW).next_multiple_of(self.kernel.width);
@@ -210,20 +204,34 @@ impl<'a> Panels<'a> {
             };
             for column in columns.clone().step_by(wide) {
                 let panel = &panels[column * depth..][..wide * a.cols];
-                // SAFETY: these elements of a and c are among those that the caller vouches for.
-                unsafe {
-                    let c = c.tile(0, column, c.rows, wide.min(columns.end - column));
-                    let before = match onto {
-                        Onto::Row(row) if start == 0 => {
-                            Before { data: row[column..].as_ptr(), row: 0, beta: 1.0 }
-                        }
-                        Onto::Itself(beta) if start == 0 => {
-                            Before { data: c.data.cast_const(), row: c.row, beta }
-                        }
-                        _ => Before { data: c.data.cast_const(), row: c.row, beta: 1.0 },
-                    };
-                    (self.kernel.strips)(alpha, left, panel, before, c);
-                }
+                // SAFETY: these elements of c are among those that the caller vouches for.
+                let c = unsafe { c.tile(0, column, c.rows, wide.min(columns.end - column)) };
+                let itself = |beta| Before { data: c.data.cast_const(), row: c.row, beta };
+                let before = match onto {
+                    Onto::Row(row) if start == 0 => {
+                        Before { data: row[column..].as_ptr(), row: 0, beta: 1.0 }
+                    }
+                    Onto::Itself(beta) if start == 0 => itself(beta),
+                    _ => itself(1.0),
+                };
+                // SAFETY: as above, and as many rows of a and of what c is put onto.
+                unsafe { self.strips(alpha, left, panel, before, c) }
+            }
+        }
+    }
+
+    /// c ← alpha·a·panel + before, strip by strip.
+    ///
+    /// # Safety
+    /// As many rows of a as long as the panel, and of `before` as wide as c, must be there.
+    unsafe fn strips(&self, alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) {
+        let mut row = 0;
+        while row < c.rows {
+            // SAFETY: what is left of the caller's rows.
+            unsafe {
+                let a = Left { data: a.data.add(row * a.row), ..a };
+                let before = Before { data: before.data.add(row * before.row), ..before };
+                row += (self.kernel.strip)(alpha, a, panel, before, c.tile(row, 0, c.rows - row, c.cols));
             }
         }
     }
@@ -232,7 +240,7 @@ impl<'a> Panels<'a> {
 /// At most [`ROWS`] rows and [`DEPTH`] columns, column after column.
 fn copied(a: Mat<'_, f32>, to: &mut [MaybeUninit<f32>; ROWS * DEPTH]) -> Left {
     for (j, column) in to.chunks_exact_mut(ROWS).take(a.cols).enumerate() {
-        prefetch(a.data.as_ptr().wrapping_add((j + AHEAD) * a.col), a.rows);
+        prefetch_row(a.data.as_ptr().wrapping_add((j + AHEAD) * a.col), a.rows);
         for (to, &from) in column.iter_mut().zip(&a.data[j * a.col..][..a.rows]) {
             to.write(from);
         }
@@ -240,61 +248,49 @@ fn copied(a: Mat<'_, f32>, to: &mut [MaybeUninit<f32>; ROWS * DEPTH]) -> Left {
     Left { data: to.as_ptr().cast(), row: 1, col: ROWS }
 }
 
-/// Asks for the lines of `count` numbers from `first` on, which need not be there.
-#[allow(unused_unsafe, reason = "safe in newer versions of the standard library")]
-fn prefetch(first: *const f32, count: usize) {
-    for line in (0..count + 15).step_by(16) {
-        // SAFETY: nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(line).cast()) }
+/// Has the cache fetch the lines of `count` numbers from `first` on, which need not be there.
+#[inline]
+fn prefetch_row(first: *const f32, count: usize) {
+    for at in (0..count + 15).step_by(16) {
+        prefetch(first.wrapping_add(at));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::gemm::MatMut;
+    use crate::cpu::gemm::tests::{naive, narrow, random};
     use crate::device::Device;
 
-    fn random(len: usize, seed: u64) -> Vec<f32> {
-        let next = |i: usize| (i as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-        (0..len).map(|i| next(i + 1) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-    }
-
-    /// Every kernel of this processor, at shapes with and without whole strips, panels and blocks, against the
-    /// product in f64.
+    /// Every kernel of this processor, at shapes with and without whole strips, panels and blocks.
     #[test]
     fn every_kernel_equals_the_slow_twin() {
         let shapes =
             [(1, 1, 1), (12, 32, 5), (48, 64, 8), (50, 33, 385), (13, 600, 1900), (7, 1, 800), (97, 300, 17)];
         let all = Kernel::all().map(|kernel| Kernel { fewest: 0, ..kernel });
         for (kernel, (m, n, k)) in all.flat_map(|kernel| shapes.map(|shape| (kernel, shape))) {
-            let (a, b, row) = (random(m * k, 1), random(k * n, 2), random(n, 3));
-            for (turned, other, onto) in [
-                (false, false, Onto::NOTHING),
-                (kernel.turns, true, Onto::Itself(-0.5)),
-                (kernel.turns, false, Onto::Row(&row)),
-            ] {
-                let view = |data, rows, cols, t: bool| match t {
-                    true => Mat::new(data, cols, rows).t(),
-                    false => Mat::new(data, rows, cols),
-                };
-                let (a, b) = (view(&a[..], m, k, turned), view(&b[..], k, n, other));
-                let start = random(m * n, 4);
-                let mut got = start.clone();
+            // Numbers that f32 holds exactly.
+            let (a, b, start, row) = (random(m * k, 1), random(k * n, 2), random(m * n, 3), random(n, 4));
+            let [a32, b32, start32, row32] = [&a, &b, &start, &row].map(|numbers| narrow(numbers));
+            for (turned, other, beta) in
+                [(false, false, Some(0.0)), (kernel.turns, true, Some(-0.5)), (kernel.turns, false, None)]
+            {
+                fn view<T>(data: &[T], rows: usize, cols: usize, t: bool) -> Mat<'_, T> {
+                    if t { Mat::new(data, cols, rows).t() } else { Mat::new(data, rows, cols) }
+                }
+                let mut want = if beta.is_some() { start.clone() } else { row.repeat(m) };
+                let (left, right) = (view(&a, m, k, turned), view(&b, k, n, other));
+                naive(0.7, left, right, beta.unwrap_or(1.0), MatMut::new(&mut want, m, n));
+                let onto = beta.map_or(Onto::Row(&row32), |beta| Onto::Itself(beta as f32));
+                let mut got = start32.clone();
                 let c = Out { data: got.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
+                let (left, right) = (view(&a32, m, k, turned), view(&b32, k, n, other));
                 // SAFETY: the matrices are as large as their slices, and the processor has the kernel.
-                assert!(unsafe { product_by(kernel, Device::cpu().host(), 0.7, a, b, onto, c) });
-                for (at, got) in got.into_iter().enumerate() {
-                    let (i, j) = (at / n, at % n);
-                    let term = |l: usize| {
-                        a.data[i * a.row + l * a.col] as f64 * b.data[l * b.row + j * b.col] as f64
-                    };
-                    let before = match onto {
-                        Onto::Itself(beta) => beta as f64 * start[at] as f64,
-                        Onto::Row(row) => row[j] as f64,
-                    };
-                    let want = 0.7 * (0..k).map(term).sum::<f64>() + before;
+                assert!(unsafe { kernel.product(Device::cpu().host(), 0.7, left, right, onto, c) });
+                for (at, (&got, want)) in got.iter().zip(&want).enumerate() {
                     let apart = (got as f64 - want).abs();
-                    assert!(apart < 1e-6 * (k as f64).sqrt(), "{m}×{k}→{n}, {i}, {j}: {got} {want}");
+                    assert!(apart < 1e-6 * (k as f64).sqrt(), "{m}×{k}→{n}, {at}: {got} {want}");
                 }
             }
         }

@@ -181,11 +181,11 @@ impl<T: Float> Layer<'_, T> {
 }
 
 /// out = λ·a∘γ.
-struct FillC<'a, T> {
-    out: &'a mut [T],
-    a: &'a [T],
-    gamma: &'a [T],
-    lambda: T,
+pub(super) struct FillC<'a, T> {
+    pub(super) out: &'a mut [T],
+    pub(super) a: &'a [T],
+    pub(super) gamma: &'a [T],
+    pub(super) lambda: T,
 }
 
 impl<T: Float> Kernel for FillC<'_, T> {

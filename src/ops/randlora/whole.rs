@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::bases::Whole;
-use super::layer::Layer;
+use super::layer::{FillC, Layer};
 use crate::cpu::Float;
 use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::simd::{Kernel, vectorize};
@@ -138,11 +138,7 @@ impl<T: Float> Kernel for FillTile<'_, T> {
     fn run(self) {
         for (q, line) in self.tile.iter_mut().enumerate() {
             let (a, gamma, lambda) = self.layer.factors(q, &self.columns);
-            let (a, gamma) = (&a[..self.columns.len()], &gamma[..self.columns.len()]);
-            let line = &mut line[..a.len()];
-            for j in 0..a.len() {
-                line[j] = lambda * a[j] * gamma[j];
-            }
+            FillC { out: line, a, gamma, lambda }.run();
         }
     }
 }

@@ -16,6 +16,7 @@ use std::arch::x86_64::*;
 
 use crate::cpu::bf16::micro::{COLS, LANES, MicroKernel, PAIRS, Packed, ROWS, Strip};
 use crate::cpu::gemm::{Mat, MatMut, Onto};
+use crate::cpu::simd::prefetch;
 
 /// Registers that a row of the tile takes.
 const WIDE: usize = COLS / LANES;
@@ -103,7 +104,7 @@ unsafe fn product(tile: Tile, panel: &[u32]) {
     for r in 0..ROWS {
         for v in 0..WIDE {
             // The sums take long enough for it to come from memory meanwhile.
-            ask(tile.c.wrapping_add(r * tile.c_row + v * LANES));
+            prefetch(tile.c.wrapping_add(r * tile.c_row + v * LANES));
         }
     }
     let mut sums = [[_mm512_setzero_ps(); WIDE]; ROWS];
@@ -189,13 +190,4 @@ fn splat(pair: u32) -> __m512bh {
 #[target_feature(enable = "avx512f")]
 fn low(n: usize) -> __mmask16 {
     if n >= LANES { !0 } else { !(!0 << n) }
-}
-
-/// Has the cache fetch a line: a hint, for any address.
-#[inline]
-#[target_feature(enable = "avx512f")]
-#[allow(unused_unsafe, reason = "safe in newer versions of the standard library")]
-fn ask(line: *const f32) {
-    // SAFETY: it reads nothing that the program sees.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
 }

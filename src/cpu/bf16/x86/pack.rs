@@ -3,9 +3,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{ask, low};
+use super::low;
 use crate::cpu::bf16::micro::{LANES, Packed};
 use crate::cpu::gemm::Mat;
+use crate::cpu::simd::prefetch;
 
 /// Rows that memory is asked for before they are packed.
 const AHEAD: usize = 4;
@@ -132,8 +133,8 @@ fn pack_row(x: Mat<'_, f32>, row: usize, out: &mut [u32]) {
 #[inline]
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw")]
 unsafe fn two(from: *const f32, next: *const f32) -> __m512i {
-    ask(next);
-    ask(next.wrapping_add(LANES));
+    prefetch(next);
+    prefetch(next.wrapping_add(LANES));
     // SAFETY: the caller's.
     unsafe { narrow(_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES))) }
 }
@@ -167,8 +168,8 @@ unsafe fn across(from: *const f32, col: usize) -> [__m512i; LANES] {
     );
     let mut lines = [_mm512_setzero_si512(); LANES];
     for i in 0..LANES {
-        ask(from.wrapping_add((2 * LANES + 2 * i) * col));
-        ask(from.wrapping_add((2 * LANES + 2 * i + 1) * col));
+        prefetch(from.wrapping_add((2 * LANES + 2 * i) * col));
+        prefetch(from.wrapping_add((2 * LANES + 2 * i + 1) * col));
         // SAFETY: the caller's.
         unsafe {
             let first = from.add(2 * i * col);
