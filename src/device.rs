@@ -269,8 +269,8 @@ impl CpuDevice {
         self.emulates
     }
 
-    /// A buffer for a tensor, or for a product to pack a factor in: kernels that are not ours pack out of sight, so
-    /// that is not counted as scratch. What it contains is unspecified: the caller overwrites all of it.
+    /// A buffer for a tensor, or for a product to pack a factor in: matrixmultiply packs out of sight, so that is not
+    /// counted as scratch. What it contains is unspecified: the caller overwrites all of it.
     pub(crate) fn buffer<T: Pooled>(self: &Arc<Self>, len: usize) -> Result<Buffer<T>> {
         self.take(len, false)
     }

@@ -108,6 +108,21 @@ fn bits(tensors: Vec<Tensor>) -> Vec<u32> {
         .collect()
 }
 
+/// Products that are shared by threads though the result has few rows, and such as read a small factor often.
+#[test]
+fn thin_products_give_the_same_bits_on_any_number_of_threads() {
+    let pools = THREADS.map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+    for [m, k, n] in [[1, 3001, 2001], [2, 2048, 2048], [7, 1024, 1024], [2000, 64, 96], [3000, 2000, 1]] {
+        let product = || -> Result<Vec<u32>> {
+            let (x, w) = (normal("x", &[m, k])?, normal("w", &[k, n])?);
+            let turned = normal("w", &[n, k])?;
+            Ok(bits(vec![x.matmul(&w)?, x.linear(&turned, None)?, x.matmul(&turned.t()?)?]))
+        };
+        let results = pools.each_ref().map(|pool| pool.install(product).unwrap());
+        assert!(results.iter().all(|result| *result == results[0]), "{m}×{k}→{n}");
+    }
+}
+
 #[test]
 fn two_hundred_shapes_give_the_same_bits_on_any_number_of_threads() {
     let pools = THREADS.map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());

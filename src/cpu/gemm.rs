@@ -1,10 +1,9 @@
 //! Matrix products. The only file that names a GEMM crate.
 //!
-//! f32 goes to the kernels of the `gemm` project in the default build (AVX-512 where the processor has
-//! it), to `matrixmultiply` in the lean one; f64, which gradients are checked in, to `matrixmultiply`
-//! in both. On processors with AVX2 or AVX-512 large products in f32 have kernels of our own (`fma`) in the
-//! default build. Threads share out pieces of the result whose sizes follow from the shape alone: the same call
-//! gives the same bits on any number of threads.
+//! f32 has kernels of our own (`fma`) on processors with AVX2 or AVX-512 in the default build; everything else goes to
+//! `matrixmultiply`: other processors, the lean build, and f64, which gradients are checked in. Threads share out
+//! pieces of the result whose sizes follow from the shape alone: the same call gives the same bits on any number of
+//! threads.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -86,6 +85,10 @@ pub(crate) enum Threads<'a> {
     /// The calling thread: for products that run beside each other.
     One,
     /// The caller's rayon pool, with memory of this device.
+    #[cfg_attr(
+        not(all(feature = "fast", target_arch = "x86_64")),
+        allow(dead_code, reason = "only kernels of our own ask it for memory")
+    )]
     Pool(&'a Arc<CpuDevice>),
 }
 
@@ -147,6 +150,7 @@ pub(crate) fn gemm_onto<T: Float>(
         return;
     }
     assert!((m - 1) * c.row + (n - 1) * c.col < c.data.len(), "result outside of its slice");
+    assert!((m == 1 || c.row > 0) && (n == 1 || c.col > 0), "result overlaps itself");
     assert!(m == 1 || n == 1 || c.row >= n * c.col || c.col >= m * c.row, "result overlaps itself");
     if let Onto::Row(row) = onto {
         assert_eq!(row.len(), n, "a row that does not fit");
@@ -157,16 +161,16 @@ pub(crate) fn gemm_onto<T: Float>(
     assert!((m - 1) * a.row + (k - 1) * a.col < a.data.len(), "left factor outside of its slice");
     assert!((k - 1) * b.row + (n - 1) * b.col < b.data.len(), "right factor outside of its slice");
     let out = Out { data: c.data.as_mut_ptr(), rows: m, cols: n, row: c.row, col: c.col };
+    let threads = if m * n * k < SHARED { Threads::One } else { threads };
     // SAFETY: the assertions above are the contract: every element that the strides reach lies in
     // its slice, and no two elements of c are the same.
     unsafe {
+        if T::own(threads, alpha, a, b, onto, out) {
+            return;
+        }
         match threads {
-            Threads::Pool(device) if m * n * k >= SHARED => {
-                if !T::shared(device, alpha, a, b, onto, out) {
-                    tiles(alpha, a, b, onto, out);
-                }
-            }
-            _ => one(alpha, a, b, onto, out),
+            Threads::One => one(alpha, a, b, onto, out),
+            Threads::Pool(_) => tiles(alpha, a, b, onto, out),
         }
     }
 }
@@ -196,8 +200,7 @@ unsafe fn one<T: Float>(alpha: T, a: Mat<'_, T>, b: Mat<'_, T>, onto: Onto<'_, T
 /// factors is a small part of its work.
 const TILE: (usize, usize) = (192, 384);
 
-/// The product with the tiles of its result shared out over the pool in one go. The crates' own threads
-/// meet several times in a product, too often for the products of one layer.
+/// The product with the tiles of its result shared out over the pool in one go.
 ///
 /// # Safety
 /// That of [`Gemm::gemm`].
@@ -244,7 +247,7 @@ impl<T> Out<T> {
         Out { data: unsafe { self.data.add(i * self.row + j * self.col) }, rows: m, cols: n, ..self }
     }
 
-    #[cfg(feature = "fast")]
+    #[cfg(all(feature = "fast", target_arch = "x86_64"))]
     pub(super) fn t(self) -> Out<T> {
         Out { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
     }
@@ -266,13 +269,12 @@ fn start<T: Float>(onto: Onto<'_, T>, c: MatMut<'_, T>) {
 
 /// The product for one element type.
 pub(crate) trait Gemm: Copy {
-    /// c ← alpha·a·b + what it is put onto, shared by the threads of the pool, if there is a way of
-    /// its own for that; whether there was.
+    /// c ← alpha·a·b + what it is put onto by a kernel of our own, if there is one for it; whether there was.
     ///
     /// # Safety
     /// That of [`Gemm::gemm`].
-    unsafe fn shared(
-        _: &Arc<CpuDevice>,
+    unsafe fn own(
+        _: Threads<'_>,
         _: Self,
         _: Mat<'_, Self>,
         _: Mat<'_, Self>,
@@ -290,58 +292,9 @@ pub(crate) trait Gemm: Copy {
     unsafe fn gemm(alpha: Self, a: Mat<'_, Self>, b: Mat<'_, Self>, beta: Self, out: Out<Self>);
 }
 
-#[cfg(feature = "fast")]
-impl Gemm for f32 {
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn shared(
-        device: &Arc<CpuDevice>,
-        alpha: f32,
-        a: Mat<'_, f32>,
-        b: Mat<'_, f32>,
-        onto: Onto<'_, f32>,
-        out: Out<f32>,
-    ) -> bool {
-        // SAFETY: the caller's, and the processor has what the kernel needs.
-        crate::cpu::fma::Kernel::fastest()
-            .is_some_and(|kernel| unsafe { kernel.product(device, alpha, a, b, onto, out) })
-    }
-
-    unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
-        // The kernels want the result's rows next to each other: compute cᵀ = bᵀ·aᵀ otherwise.
-        let (a, b, out) = if out.col < out.row { (b.t(), a.t(), out.t()) } else { (a, b, out) };
-        // SAFETY: passed on to the caller. Mind that this crate calls the factor of c alpha, that
-        // of a·b beta, and gives column strides before row strides.
-        unsafe {
-            gemm_f32::gemm::f32::get_gemm_fn()(
-                out.rows,
-                out.cols,
-                a.cols,
-                out.data,
-                out.col as isize,
-                out.row as isize,
-                beta != 0.0,
-                a.data.as_ptr(),
-                a.col as isize,
-                a.row as isize,
-                b.data.as_ptr(),
-                b.col as isize,
-                b.row as isize,
-                beta,
-                alpha,
-                false,
-                false,
-                false,
-                gemm_common::Parallelism::None,
-            )
-        }
-    }
-}
-
-macro_rules! lean {
-    ($name:ident, $T:ty, $kernel:path) => {
-        /// # Safety
-        /// That of [`Gemm::gemm`].
-        unsafe fn $name(alpha: $T, a: Mat<'_, $T>, b: Mat<'_, $T>, beta: $T, out: Out<$T>) {
+macro_rules! gemm {
+    ($T:ty, $kernel:path) => {
+        unsafe fn gemm(alpha: $T, a: Mat<'_, $T>, b: Mat<'_, $T>, beta: $T, out: Out<$T>) {
             // SAFETY: passed on to the caller.
             unsafe {
                 $kernel(
@@ -364,23 +317,27 @@ macro_rules! lean {
         }
     };
 }
-#[cfg(any(test, not(feature = "fast")))]
-lean!(lean_f32, f32, matrixmultiply::sgemm);
-lean!(lean_f64, f64, matrixmultiply::dgemm);
 
-#[cfg(not(feature = "fast"))]
 impl Gemm for f32 {
-    unsafe fn gemm(alpha: f32, a: Mat<'_, f32>, b: Mat<'_, f32>, beta: f32, out: Out<f32>) {
-        // SAFETY: passed on to the caller.
-        unsafe { lean_f32(alpha, a, b, beta, out) }
+    #[cfg(all(feature = "fast", target_arch = "x86_64"))]
+    unsafe fn own(
+        threads: Threads<'_>,
+        alpha: f32,
+        a: Mat<'_, f32>,
+        b: Mat<'_, f32>,
+        onto: Onto<'_, f32>,
+        out: Out<f32>,
+    ) -> bool {
+        // SAFETY: the caller's, and the processor has what the kernel needs.
+        crate::cpu::fma::Kernel::fastest()
+            .is_some_and(|kernel| unsafe { kernel.product(threads, alpha, a, b, onto, out) })
     }
+
+    gemm!(f32, matrixmultiply::sgemm);
 }
 
 impl Gemm for f64 {
-    unsafe fn gemm(alpha: f64, a: Mat<'_, f64>, b: Mat<'_, f64>, beta: f64, out: Out<f64>) {
-        // SAFETY: passed on to the caller.
-        unsafe { lean_f64(alpha, a, b, beta, out) }
-    }
+    gemm!(f64, matrixmultiply::dgemm);
 }
 
 #[cfg(test)]
@@ -490,7 +447,7 @@ pub(super) mod tests {
             let mut got = if bias { vec![f32::NAN; m * n] } else { before };
             let out = Out { data: got.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
             // SAFETY: three matrices within their slices, none of them empty.
-            let own = unsafe { <f32 as Gemm>::shared(device.host(), 0.5, a, b, onto, out) };
+            let own = unsafe { f32::own(Threads::Pool(device.host()), 0.5, a, b, onto, out) };
             prop_assert!(!own || close(&got), "as a large product");
         }
     }
@@ -507,7 +464,7 @@ pub(super) mod tests {
         gemm(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, c, Threads::Pool(device.host()));
         let out = Out { data: got_lean.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
         // SAFETY: three dense matrices of the sizes given.
-        unsafe { lean_f32(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, out) };
+        unsafe { f32::gemm(1.0, Mat::new(&a, m, k), Mat::new(&b, k, n), 0.0, out) };
         for ((g, l), w) in got.iter().zip(&got_lean).zip(&want) {
             assert!((*g as f64 - w).abs() < 1e-4 && (*l as f64 - w).abs() < 1e-4);
         }

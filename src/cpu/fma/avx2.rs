@@ -2,14 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::{AHEAD, Before, Kernel, Left, prefetch_row};
+use super::{AHEAD, Before, Kernel, Left, Right, prefetch_row};
 use crate::cpu::gemm::{Mat, Out};
 
 const STRIP: usize = 6;
 const WIDTH: usize = 16;
 
-/// Products whose left factor has to be copied are as fast by the kernels of `gemm` here.
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: false, fewest: 0, pack, strip };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, strip_rows: STRIP, pack, strip };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
@@ -28,7 +27,7 @@ unsafe fn pack(b: Mat<'_, f32>, panel: &mut [f32]) {
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn pack_columns<const W: usize>(b: Mat<'_, f32>, panel: &mut [f32]) {
     let (lines, _) = panel.as_chunks_mut::<W>();
-    if b.cols < W {
+    if b.cols < W || b.col != 1 && b.row != 1 {
         for (i, line) in lines.iter_mut().enumerate() {
             line.fill(0.0);
             for (j, to) in line.iter_mut().enumerate().take(b.cols) {
@@ -94,16 +93,16 @@ unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: us
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn strip(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+unsafe fn strip(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
     // SAFETY: the caller's.
     unsafe {
         match c.rows {
-            STRIP.. => rows::<STRIP>(alpha, a, panel, before, c),
-            5 => rows::<5>(alpha, a, panel, before, c),
-            4 => rows::<4>(alpha, a, panel, before, c),
-            3 => rows::<3>(alpha, a, panel, before, c),
-            2 => rows::<2>(alpha, a, panel, before, c),
-            _ => rows::<1>(alpha, a, panel, before, c),
+            STRIP.. => rows::<STRIP>(alpha, a, b, before, c),
+            5 => rows::<5>(alpha, a, b, before, c),
+            4 => rows::<4>(alpha, a, b, before, c),
+            3 => rows::<3>(alpha, a, b, before, c),
+            2 => rows::<2>(alpha, a, b, before, c),
+            _ => rows::<1>(alpha, a, b, before, c),
         }
     }
 }
@@ -111,27 +110,27 @@ unsafe fn strip(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>)
 /// [`strip`] for R rows.
 ///
 /// # Safety
-/// R rows of a as long as the panel, and those of c and before as wide as c, must be there; the
-/// processor must have AVX2 and FMA.
+/// R rows of a as long as b has rows, b's rows in the kernel's width, and R rows of c and before as wide as c must be
+/// there; the processor must have AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn rows<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+unsafe fn rows<const R: usize>(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
-    let mut from = a.data;
+    let (mut from, mut line) = (a.data, b.data);
     // What c is added to, or overwritten, is on its way while the products are summed.
     for r in 0..R {
         prefetch_row(c.data.wrapping_add(r * c.row), c.cols);
     }
-    for line in panel.as_chunks::<WIDTH>().0 {
-        // SAFETY: a line has 16 elements; the rest is the caller's.
+    for _ in 0..b.rows {
+        // SAFETY: the caller's.
         unsafe {
-            let (low, high) = (_mm256_load_ps(line.as_ptr()), _mm256_load_ps(line.as_ptr().add(8)));
+            let (low, high) = (_mm256_loadu_ps(line), _mm256_loadu_ps(line.add(8)));
             for (r, sum) in sums.iter_mut().enumerate() {
                 let x = _mm256_broadcast_ss(&*from.add(r * a.row));
                 sum[0] = _mm256_fmadd_ps(x, low, sum[0]);
                 sum[1] = _mm256_fmadd_ps(x, high, sum[1]);
             }
             // After the last line nothing need be there.
-            from = from.wrapping_add(a.col);
+            (from, line) = (from.wrapping_add(a.col), line.wrapping_add(b.row));
         }
     }
     let (alpha, beta) = (_mm256_set1_ps(alpha), before.beta);

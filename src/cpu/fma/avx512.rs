@@ -2,13 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::{Before, Kernel, Left, avx2, prefetch_row};
+use super::{Before, Kernel, Left, Right, avx2, prefetch_row};
 use crate::cpu::gemm::{Mat, Out};
 
 const STRIP: usize = 12;
 const WIDTH: usize = 32;
 
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, turns: true, fewest: 192, pack, strip };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, strip_rows: STRIP, pack, strip };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx512f") && avx2::is_there()
@@ -21,14 +21,17 @@ unsafe fn pack(b: Mat<'_, f32>, panel: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f")]
-unsafe fn strip(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+unsafe fn strip(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
     // SAFETY: the caller's.
     unsafe {
         match c.rows {
-            STRIP.. => rows::<STRIP>(alpha, a, panel, before, c),
-            6.. => rows::<6>(alpha, a, panel, before, c),
-            3.. => rows::<3>(alpha, a, panel, before, c),
-            _ => rows::<1>(alpha, a, panel, before, c),
+            STRIP.. => rows::<STRIP>(alpha, a, b, before, c),
+            8.. => rows::<8>(alpha, a, b, before, c),
+            6.. => rows::<6>(alpha, a, b, before, c),
+            4.. => rows::<4>(alpha, a, b, before, c),
+            3 => rows::<3>(alpha, a, b, before, c),
+            2 => rows::<2>(alpha, a, b, before, c),
+            _ => rows::<1>(alpha, a, b, before, c),
         }
     }
 }
@@ -36,27 +39,27 @@ unsafe fn strip(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>)
 /// [`strip`] for R rows.
 ///
 /// # Safety
-/// R rows of a as long as the panel, and those of c and before as wide as c, must be there; the
-/// processor must have AVX-512.
+/// R rows of a as long as b has rows, b's rows in the kernel's width, and R rows of c and before as wide as c must be
+/// there; the processor must have AVX-512.
 #[target_feature(enable = "avx512f")]
-unsafe fn rows<const R: usize>(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize {
+unsafe fn rows<const R: usize>(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    let mut from = a.data;
+    let (mut from, mut line) = (a.data, b.data);
     // What c is added to, or overwritten, is on its way while the products are summed.
     for r in 0..R {
         prefetch_row(c.data.wrapping_add(r * c.row), c.cols);
     }
-    for line in panel.as_chunks::<WIDTH>().0 {
-        // SAFETY: a line has 32 elements; the rest is the caller's.
+    for _ in 0..b.rows {
+        // SAFETY: the caller's.
         unsafe {
-            let (low, high) = (_mm512_loadu_ps(line.as_ptr()), _mm512_loadu_ps(line.as_ptr().add(16)));
+            let (low, high) = (_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16)));
             for (r, sum) in sums.iter_mut().enumerate() {
                 let x = _mm512_set1_ps(*from.add(r * a.row));
                 sum[0] = _mm512_fmadd_ps(x, low, sum[0]);
                 sum[1] = _mm512_fmadd_ps(x, high, sum[1]);
             }
             // After the last line nothing need be there.
-            from = from.wrapping_add(a.col);
+            (from, line) = (from.wrapping_add(a.col), line.wrapping_add(b.row));
         }
     }
     let (alpha, beta) = (_mm512_set1_ps(alpha), _mm512_set1_ps(before.beta));

@@ -1,46 +1,56 @@
-//! Large products in f32 on x86-64, shared by the threads of the pool.
+//! Products in f32 on x86-64, by the calling thread or shared by those of the pool.
 //!
-//! For c = a·b the right factor is packed once, into panels as wide as a few registers, that all threads
+//! For c = a·b the right factor is packed, into panels as wide as a few registers, that all threads
 //! read; the left one is read where it lies, or a block at a time is copied into the thread's cache where
-//! its rows do not lie one after another (dyᵀ·x). A thread takes 48 rows of c at a time, for which a block of a
-//! stays in its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16
+//! the numbers of a row do not lie one after another (dyᵀ·x). A thread takes 48 rows of c at a time, for which a
+//! block of a stays in its cache, and walks the panels. The innermost loop holds a strip of c in registers, of 6 × 16
 //! elements with AVX2 and 12 × 32 with AVX-512, and reads a number of a for each of its rows and one row of the
-//! panel: close to the processor's peak. An element of c is the same sum in the same order wherever it lies, so
-//! the result has the same bits on any number of threads.
+//! panel: close to the processor's peak. What would be read too seldom to make up for the packing or copying is read
+//! as it lies, and one or two rows of c are dot products where that suits the right factor ([`dots`]).
+//!
+//! Which way is taken follows from shape and strides, and an element of c is the same sum in the same order whoever
+//! computes it: the result has the same bits on any number of threads.
 //!
 //! Inner loops are written without closures: one that passes through a function of `core` is inlined by
 //! link-time optimisation or not at all.
 
 mod avx2;
 mod avx512;
+mod dots;
 
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::Arc;
 
-use crate::cpu::gemm::{Mat, Onto, Out};
+use crate::cpu::gemm::{Mat, Onto, Out, Threads};
 use crate::cpu::parallel;
 use crate::cpu::simd::prefetch;
-use crate::device::CpuDevice;
 
 /// Rows of c that a thread takes at a time: a multiple of every kernel's strip.
 const ROWS: usize = 48;
 /// Terms that are summed in registers before they are added to c, at most: a panel of so many rows stays
 /// in the cache.
 const DEPTH: usize = 384;
-/// Elements that are packed at a time, at most, but for a rounded width: 2 MiB.
+/// Elements that are packed for the pool at a time, at most, but for a rounded width: 2 MiB.
 const PACKED: usize = 1 << 19;
+/// Elements that a thread packs for itself at a time, likewise: half of a second cache of 512 KiB.
+const PACKED_ALONE: usize = 1 << 16;
 /// Columns of a piece of c, at least.
 const NARROW: usize = 128;
+/// Rows of c for which a right factor whose rows lie one after another is read as it lies, at most: packing it would
+/// cost more than it saves.
+const FEW: usize = 16;
+/// Elements of such a factor that it is read as it lies for any number of rows, at most: it stays in the first cache.
+const NEAR: usize = 8192;
+/// Panels for which a left factor is read as it lies, at most, though the numbers of its rows are far apart.
+const REREAD: usize = 2;
 /// Rows that lie far apart are asked for so many before they are read: the processor does not guess them.
 const AHEAD: usize = 16;
 /// Pieces of a product there should be at least, for processors with many cores.
 const PIECES: usize = 16;
 
-/// A line of the cache, which rows of panels begin with.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
+/// Numbers in a line of the cache, with which panels begin.
+const LINE: usize = 16;
 
 /// What the inner loops read a row of c from before they add to it: `beta` times this. Where beta is 0, it is not
 /// read.
@@ -59,20 +69,35 @@ struct Left {
     col: usize,
 }
 
+/// At most [`ROWS`] rows of the left factor, in strips of so many: element (i, j) of the nth at
+/// `data + n·next + i·row + j·col`.
+#[derive(Clone, Copy)]
+struct Strips {
+    first: Left,
+    rows: usize,
+    next: usize,
+}
+
+/// Rows of the right factor, a panel or as it lies: row i begins at `data + i·row`.
+#[derive(Clone, Copy)]
+struct Right {
+    data: *const f32,
+    rows: usize,
+    row: usize,
+}
+
 /// What depends on the processor's registers.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
     /// Columns of c that are held in registers: a row of a panel.
     width: usize,
-    /// Whether left factors whose rows do not lie one after another gain by it too.
-    turns: bool,
-    /// The rows of c that it takes to make up for packing a right factor whose rows lie one after another.
-    fewest: usize,
+    /// Rows of c that are held in registers, at most: a divisor of [`ROWS`].
+    strip_rows: usize,
     /// Writes the columns of b, at most `width`, as a panel: a row of it holds a row of b, and zeros after it.
     pack: unsafe fn(b: Mat<'_, f32>, panel: &mut [f32]),
-    /// c ← alpha·a·panel + before for the first rows of c, which has at most `width` columns: as many as it holds
-    /// in registers. How many these were.
-    strip: unsafe fn(alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) -> usize,
+    /// c ← alpha·a·b + before for the first rows of c, which has at most `width` columns: as many as it holds
+    /// in registers. How many these were. Rows of b are read in their whole width.
+    strip: unsafe fn(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize,
 }
 
 impl Kernel {
@@ -87,93 +112,210 @@ impl Kernel {
         Kernel::all().next()
     }
 
-    /// c ← alpha·a·b + what it is put onto, if these strides and the memory suit; whether they did.
+    /// c ← alpha·a·b + what it is put onto, if the strides of c suit; whether they did.
     ///
     /// # Safety
     /// Every element that the strides reach must lie in its slice or matrix, the elements of c must be
     /// distinct and nobody else's, and no dimension may be 0. The processor must have what the kernel needs.
     pub(super) unsafe fn product(
         self,
-        device: &Arc<CpuDevice>,
+        threads: Threads<'_>,
         alpha: f32,
         a: Mat<'_, f32>,
         b: Mat<'_, f32>,
         onto: Onto<'_, f32>,
         c: Out<f32>,
     ) -> bool {
-        // Where columns of c lie one after another instead of rows, cᵀ = bᵀ·aᵀ.
-        let turned = c.col != 1 && matches!(onto, Onto::Itself(_));
+        // Where columns of c lie one after another instead of rows, cᵀ = bᵀ·aᵀ; so too for a single column.
+        let column = c.cols == 1 && c.row == 1;
+        let turned = (c.col != 1 || column) && matches!(onto, Onto::Itself(_));
         let (a, b, c) = if turned { (b.t(), a.t(), c.t()) } else { (a, b, c) };
-        let left = a.col == 1 || a.row == 1 && self.turns;
-        let right = b.row == 1 || b.col == 1 && c.rows >= self.fewest;
-        if !left || !right || c.col != 1 {
+        if c.col != 1 {
             return false;
         }
-        let (n, k, wide) = (c.cols, a.cols, self.width);
-        let depth = k.div_ceil(k.div_ceil(DEPTH));
-        let columns = n.div_ceil(n.div_ceil(PACKED / depth)).next_multiple_of(wide);
-        let deep = (PACKED / columns / depth).clamp(1, k.div_ceil(depth)) * depth;
-        // A line more than is packed, to begin where a line of the cache does. As much for every product, so that one
-        // that is done leaves the next what it asks for.
-        let Ok(mut memory) = device.buffer::<f32>((columns * deep).max(PACKED) + 16) else { return false };
-        // SAFETY: every pattern of bits is a line.
-        let (before, _, _) = unsafe { memory.align_to_mut::<Line>() };
-        let first = before.len();
-        let Some(data) = memory.get_mut(first..first + columns * deep) else { return false };
-        for start in (0..k).step_by(deep) {
-            let deep = deep.min(k - start);
-            let (a, b) = (a.columns(start, deep), b.rows(start, deep));
-            let onto = if start == 0 { onto } else { Onto::Itself(1.0) };
-            for from in (0..n).step_by(columns) {
-                let width = columns.min(n - from);
-                // SAFETY: the caller's, and the processor has what the kernel needs.
-                unsafe {
-                    let panels = Panels::pack(self, b.columns(from, width), depth, data);
-                    panels.product(
-                        alpha,
-                        a,
-                        onto.columns(from..from + width),
-                        c.tile(0, from, c.rows, width),
-                    );
-                }
+        let product = Product { kernel: self, alpha, a, b, onto, c };
+        let shared = matches!(threads, Threads::Pool(_));
+        // SAFETY: the caller's; every kernel's processor has AVX2 and FMA.
+        unsafe {
+            if dots::fit(&product) {
+                dots::product(product, shared);
+            } else if product.is_read_as_it_lies() {
+                Panels { kernel: self, depth: depth(b.rows), b, packed: None, shared }
+                    .product(alpha, a, onto, c);
+            } else {
+                product.packed(threads);
             }
         }
         true
     }
 }
 
-/// The right factor, in panels of a kernel's width and at most `depth` rows: all panels of the first `depth` rows,
-/// then those of the next.
+/// c ← alpha·a·b + what it is put onto. The numbers of a row of c lie one after another.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    kernel: Kernel,
+    alpha: f32,
+    a: Mat<'a, f32>,
+    b: Mat<'a, f32>,
+    onto: Onto<'a, f32>,
+    c: Out<f32>,
+}
+
+/// The part of a right factor that is packed at a time: `deep` rows, in panels of `depth` rows, of `columns` columns.
+struct Part {
+    depth: usize,
+    deep: usize,
+    columns: usize,
+}
+
+impl Part {
+    /// The numbers that it takes to pack it, from wherever they begin to a line of the cache and on.
+    fn memory(&self) -> usize {
+        self.deep * self.columns + LINE
+    }
+}
+
+/// The rows of a panel, of a right factor with so many.
+fn depth(k: usize) -> usize {
+    k.div_ceil(k.div_ceil(DEPTH))
+}
+
+thread_local! {
+    /// What a thread packs into for itself: up to 300 KiB, for as long as it lives. Nobody else's work is taken up
+    /// while it is in use.
+    static ALONE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Product<'_> {
+    /// Whether packing the right factor would cost more than it saves. Its rows are then whole panels' rows.
+    fn is_read_as_it_lies(&self) -> bool {
+        let Product { kernel, b, c, .. } = self;
+        b.col == 1 && b.cols.is_multiple_of(kernel.width) && (c.rows <= FEW || b.rows * b.cols <= NEAR)
+    }
+
+    /// The product with the right factor packed, in the pool's memory or, if that has none, in the thread's.
+    ///
+    /// # Safety
+    /// That of [`Kernel::product`].
+    unsafe fn packed(&self, threads: Threads<'_>) {
+        let part = self.part(PACKED);
+        let pool = match threads {
+            // As much for every product, so that one that is done leaves the next what it asks for.
+            Threads::Pool(device) => device.buffer::<f32>(part.memory().max(PACKED + LINE)).ok(),
+            Threads::One => None,
+        };
+        match pool {
+            // SAFETY: the caller's.
+            Some(mut memory) => unsafe { self.by_parts(&part, &mut memory, true) },
+            None => ALONE.with_borrow_mut(|memory| {
+                let part = self.part(PACKED_ALONE);
+                memory.resize(part.memory().max(memory.len()), 0.0);
+                // SAFETY: the caller's.
+                unsafe { self.by_parts(&part, memory, false) }
+            }),
+        }
+    }
+
+    /// Parts of the right factor of about `packed` elements. The sums do not depend on it: panels are as deep.
+    fn part(&self, packed: usize) -> Part {
+        let (n, k) = (self.b.cols, self.b.rows);
+        let depth = depth(k);
+        let columns = n.div_ceil(n.div_ceil(packed / depth)).next_multiple_of(self.kernel.width);
+        let deep = (packed / columns / depth).clamp(1, k.div_ceil(depth)) * depth;
+        Part { depth, deep, columns }
+    }
+
+    /// The product by parts of the right factor, packed into `memory`; `shared` by the pool or not.
+    ///
+    /// # Safety
+    /// That of [`Kernel::product`].
+    unsafe fn by_parts(&self, part: &Part, memory: &mut [f32], shared: bool) {
+        let &Product { kernel, alpha, a, b, onto, c } = self;
+        let depth = part.depth;
+        let first = memory.as_ptr().align_offset(4 * LINE).min(LINE);
+        let memory = &mut memory[first..];
+        for start in (0..a.cols).step_by(part.deep) {
+            let deep = part.deep.min(a.cols - start);
+            let (a, b) = (a.columns(start, deep), b.rows(start, deep));
+            let onto = if start == 0 { onto } else { Onto::Itself(1.0) };
+            for from in (0..c.cols).step_by(part.columns) {
+                let width = part.columns.min(c.cols - from);
+                let (b, onto) = (b.columns(from, width), onto.columns(from..from + width));
+                // SAFETY: the caller's, and the processor has what the kernel needs.
+                unsafe {
+                    let packed = Some(pack(kernel, b, depth, memory, shared));
+                    let panels = Panels { kernel, depth, b, packed, shared };
+                    panels.product(alpha, a, onto, c.tile(0, from, c.rows, width));
+                }
+            }
+        }
+    }
+}
+
+/// Packs b into the start of `memory`: all panels of the first `depth` rows, then those of the next.
+///
+/// # Safety
+/// The processor must have what the kernel needs.
+unsafe fn pack<'a>(
+    kernel: Kernel,
+    b: Mat<'_, f32>,
+    depth: usize,
+    memory: &'a mut [f32],
+    shared: bool,
+) -> &'a [f32] {
+    let (wide, across) = (kernel.width, b.cols.div_ceil(kernel.width));
+    let memory = &mut memory[..b.rows.div_ceil(depth) * across * wide * depth];
+    let pack = |i: usize, panel: &mut [f32]| {
+        let (start, first) = (i / across * depth, i % across * wide);
+        let b = b.rows(start, depth.min(b.rows - start)).columns(first, wide.min(b.cols - first));
+        // SAFETY: the caller's.
+        unsafe { (kernel.pack)(b, &mut panel[..b.rows * wide]) }
+    };
+    match shared {
+        true => parallel::chunks(memory, wide * depth, &pack),
+        false => memory.chunks_mut(wide * depth).enumerate().for_each(|(i, panel)| pack(i, panel)),
+    }
+    memory
+}
+
+/// A right factor, or a part of it, in panels of a kernel's width and at most `depth` rows.
 struct Panels<'a> {
     kernel: Kernel,
     depth: usize,
-    data: &'a [f32],
+    b: Mat<'a, f32>,
+    /// As [`pack`] wrote it; or it is read as it lies, where its width is that of whole panels.
+    packed: Option<&'a [f32]>,
+    /// Whether the threads of the pool take part.
+    shared: bool,
 }
 
-impl<'a> Panels<'a> {
-    /// # Safety
-    /// The processor must have what the kernel needs.
-    unsafe fn pack(kernel: Kernel, b: Mat<'_, f32>, depth: usize, data: &'a mut [f32]) -> Panels<'a> {
-        let (wide, across) = (kernel.width, b.cols.div_ceil(kernel.width));
-        let data = &mut data[..b.rows.div_ceil(depth) * across * wide * depth];
-        parallel::chunks(data, wide * depth, &|i, panel| {
-            let (start, first) = (i / across * depth, i % across * wide);
-            let b = b.rows(start, depth.min(b.rows - start)).columns(first, wide.min(b.cols - first));
-            // SAFETY: the caller's.
-            unsafe { (kernel.pack)(b, &mut panel[..b.rows * wide]) }
-        });
-        Panels { kernel, depth, data }
+impl Panels<'_> {
+    /// The panel of these rows of b that begins with this column. All that is read of it is there.
+    fn panel(&self, rows: Range<usize>, column: usize) -> Right {
+        let wide = self.kernel.width;
+        let (data, row) = match self.packed {
+            Some(data) => {
+                (&data[rows.start * self.b.cols.next_multiple_of(wide) + column * self.depth..], wide)
+            }
+            None => (&self.b.data[rows.start * self.b.row + column..], self.b.row),
+        };
+        let data = &data[..(rows.len() - 1) * row + wide];
+        Right { data: data.as_ptr(), rows: rows.len(), row }
     }
 
-    /// c ← alpha·a·panels + what it is put onto, in pieces that threads share out.
+    /// c ← alpha·a·panels + what it is put onto, in pieces that threads can share out.
     ///
     /// # Safety
     /// That of [`Kernel::product`].
     unsafe fn product(&self, alpha: f32, a: Mat<'_, f32>, onto: Onto<'_, f32>, c: Out<f32>) {
         let down = c.rows.div_ceil(ROWS);
-        let columns = c.cols.div_ceil(PIECES.div_ceil(down)).max(NARROW).next_multiple_of(self.kernel.width);
+        let columns = match self.shared {
+            true => c.cols.div_ceil(PIECES.div_ceil(down)).max(NARROW),
+            false => c.cols,
+        };
+        let columns = columns.next_multiple_of(self.kernel.width);
         let across = c.cols.div_ceil(columns);
-        parallel::run(down * across, 1, &|i| {
+        parallel::run(down * across, if self.shared { 1 } else { usize::MAX }, &|i| {
             let (i, j) = (i / across * ROWS, i % across * columns);
             let (height, width) = (ROWS.min(c.rows - i), columns.min(c.cols - j));
             // SAFETY: the caller's; no other piece has these elements of c.
@@ -193,17 +335,20 @@ impl<'a> Panels<'a> {
         c: Out<f32>,
         columns: Range<usize>,
     ) {
-        let (wide, depth) = (self.kernel.width, self.depth);
-        let mut copy = [const { MaybeUninit::uninit() }; ROWS * DEPTH];
-        let rows = self.data.chunks(c.cols.div_ceil(wide) * wide * depth);
-        for (panels, start) in rows.zip((0..a.cols).step_by(depth)) {
-            let a = a.columns(start, depth.min(a.cols - start));
-            let left = match a.col {
-                1 => Left { data: a.data.as_ptr(), row: a.row, col: 1 },
-                _ => copied(a, &mut copy),
+        let wide = self.kernel.width;
+        let mut copy = [const { MaybeUninit::uninit() }; COPY];
+        for start in (0..a.cols).step_by(self.depth) {
+            let a = a.columns(start, self.depth.min(a.cols - start));
+            let left = match a.col != 1 && columns.len() > REREAD * wide {
+                true => copied(a, self.kernel.strip_rows, &mut copy),
+                false => Strips {
+                    first: Left { data: a.data.as_ptr(), row: a.row, col: a.col },
+                    rows: ROWS,
+                    next: 0,
+                },
             };
             for column in columns.clone().step_by(wide) {
-                let panel = &panels[column * depth..][..wide * a.cols];
+                let panel = self.panel(start..start + a.cols, column);
                 // SAFETY: these elements of c are among those that the caller vouches for.
                 let c = unsafe { c.tile(0, column, c.rows, wide.min(columns.end - column)) };
                 let itself = |beta| Before { data: c.data.cast_const(), row: c.row, beta };
@@ -214,7 +359,7 @@ impl<'a> Panels<'a> {
                     Onto::Itself(beta) if start == 0 => itself(beta),
                     _ => itself(1.0),
                 };
-                // SAFETY: as above, and as many rows of a and of what c is put onto.
+                // SAFETY: as above, and as many rows of a and of what c is put onto; the panel is whole.
                 unsafe { self.strips(alpha, left, panel, before, c) }
             }
         }
@@ -223,13 +368,17 @@ impl<'a> Panels<'a> {
     /// c ← alpha·a·panel + before, strip by strip.
     ///
     /// # Safety
-    /// As many rows of a as long as the panel, and of `before` as wide as c, must be there.
-    unsafe fn strips(&self, alpha: f32, a: Left, panel: &[f32], before: Before, c: Out<f32>) {
+    /// As many rows of a as long as the panel, and of `before` as wide as c, must be there, and the panel's rows in
+    /// the kernel's width; the processor must have what the kernel needs.
+    unsafe fn strips(&self, alpha: f32, a: Strips, panel: Right, before: Before, c: Out<f32>) {
         let mut row = 0;
         while row < c.rows {
             // SAFETY: what is left of the caller's rows.
             unsafe {
-                let a = Left { data: a.data.add(row * a.row), ..a };
+                let a = Left {
+                    data: a.first.data.add(row / a.rows * a.next + row % a.rows * a.first.row),
+                    ..a.first
+                };
                 let before = Before { data: before.data.add(row * before.row), ..before };
                 row += (self.kernel.strip)(alpha, a, panel, before, c.tile(row, 0, c.rows - row, c.cols));
             }
@@ -237,15 +386,37 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// At most [`ROWS`] rows and [`DEPTH`] columns, column after column.
-fn copied(a: Mat<'_, f32>, to: &mut [MaybeUninit<f32>; ROWS * DEPTH]) -> Left {
-    for (j, column) in to.chunks_exact_mut(ROWS).take(a.cols).enumerate() {
-        prefetch_row(a.data.as_ptr().wrapping_add((j + AHEAD) * a.col), a.rows);
-        for (to, &from) in column.iter_mut().zip(&a.data[j * a.col..][..a.rows]) {
-            to.write(from);
+/// Numbers that are moved at once.
+const MOVED: usize = 8;
+/// What strips of [`ROWS`] × [`DEPTH`] are copied to: after each there is room for what is moved with its last rows.
+const COPY: usize = ROWS * DEPTH + ROWS * MOVED;
+
+/// At most [`ROWS`] rows and [`DEPTH`] columns in strips of so many rows, column after column: the inner loop reads
+/// them from one end to the other.
+fn copied(a: Mat<'_, f32>, rows: usize, to: &mut [MaybeUninit<f32>; COPY]) -> Strips {
+    let next = rows * a.cols + MOVED;
+    for j in 0..a.cols {
+        let column = &a.data[j * a.col..];
+        if a.row == 1 {
+            prefetch_row(column.as_ptr().wrapping_add(AHEAD * a.col), a.rows);
+        }
+        for (strip, first) in (0..a.rows).step_by(rows).enumerate() {
+            let to = &mut to[strip * next + j * rows..];
+            // Whole vectors: those too many are overwritten by the next column's.
+            if a.row == 1 && first + rows.next_multiple_of(MOVED) <= column.len() {
+                for i in (0..rows).step_by(MOVED) {
+                    let (to, from) = (&mut to[i..][..MOVED], &column[first + i..][..MOVED]);
+                    to.iter_mut().zip(from).for_each(|(to, &from)| _ = to.write(from));
+                }
+            } else {
+                let there = rows.min(a.rows - first);
+                for (i, to) in to.iter_mut().enumerate().take(there) {
+                    to.write(column[(first + i) * a.row]);
+                }
+            }
         }
     }
-    Left { data: to.as_ptr().cast(), row: 1, col: ROWS }
+    Strips { first: Left { data: to.as_ptr().cast(), row: 1, col: rows }, rows, next }
 }
 
 /// Has the cache fetch the lines of `count` numbers from `first` on, which need not be there.
@@ -257,42 +428,4 @@ fn prefetch_row(first: *const f32, count: usize) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cpu::gemm::MatMut;
-    use crate::cpu::gemm::tests::{naive, narrow, random};
-    use crate::device::Device;
-
-    /// Every kernel of this processor, at shapes with and without whole strips, panels and blocks.
-    #[test]
-    fn every_kernel_equals_the_slow_twin() {
-        let shapes =
-            [(1, 1, 1), (12, 32, 5), (48, 64, 8), (50, 33, 385), (13, 600, 1900), (7, 1, 800), (97, 300, 17)];
-        let all = Kernel::all().map(|kernel| Kernel { fewest: 0, ..kernel });
-        for (kernel, (m, n, k)) in all.flat_map(|kernel| shapes.map(|shape| (kernel, shape))) {
-            // Numbers that f32 holds exactly.
-            let (a, b, start, row) = (random(m * k, 1), random(k * n, 2), random(m * n, 3), random(n, 4));
-            let [a32, b32, start32, row32] = [&a, &b, &start, &row].map(|numbers| narrow(numbers));
-            for (turned, other, beta) in
-                [(false, false, Some(0.0)), (kernel.turns, true, Some(-0.5)), (kernel.turns, false, None)]
-            {
-                fn view<T>(data: &[T], rows: usize, cols: usize, t: bool) -> Mat<'_, T> {
-                    if t { Mat::new(data, cols, rows).t() } else { Mat::new(data, rows, cols) }
-                }
-                let mut want = if beta.is_some() { start.clone() } else { row.repeat(m) };
-                let (left, right) = (view(&a, m, k, turned), view(&b, k, n, other));
-                naive(0.7, left, right, beta.unwrap_or(1.0), MatMut::new(&mut want, m, n));
-                let onto = beta.map_or(Onto::Row(&row32), |beta| Onto::Itself(beta as f32));
-                let mut got = start32.clone();
-                let c = Out { data: got.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
-                let (left, right) = (view(&a32, m, k, turned), view(&b32, k, n, other));
-                // SAFETY: the matrices are as large as their slices, and the processor has the kernel.
-                assert!(unsafe { kernel.product(Device::cpu().host(), 0.7, left, right, onto, c) });
-                for (at, (&got, want)) in got.iter().zip(&want).enumerate() {
-                    let apart = (got as f64 - want).abs();
-                    assert!(apart < 1e-6 * (k as f64).sqrt(), "{m}×{k}→{n}, {at}: {got} {want}");
-                }
-            }
-        }
-    }
-}
+mod tests;
