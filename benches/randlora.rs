@@ -87,27 +87,31 @@ fn grid() {
         "bases", "T×in→out", "plan", "best"
     );
     for kind in KINDS {
-        for small in [256, 384] {
-            for (factor, tokens) in [1, 2, 4, 8].into_iter().flat_map(|f| TOKENS.map(|t| (f, t))) {
-                let sizes = Sizes { tokens, inputs: small, outputs: factor * small, rank: 32 };
-                let bases = Arc::new(bases(kind, sizes));
-                let plan = Plan::new(sizes, WANTS, bases.form());
-                let found = measure(sizes, &bases, if tokens > 1024 { 5 } else { 15 });
-                let place = WAYS.iter().position(|&ways| ways == (plan.forward, plan.backward)).unwrap_or(0);
-                let best = (0..4).min_by(|&a, &b| found.forced[a].total_cmp(&found.forced[b])).unwrap_or(0);
-                let over = found.forced[place] / found.forced[best];
-                println!(
-                    "{:>6} {:>18} {:>6} {:>6} {over:>5.2}{}  {}",
-                    kind,
-                    format!("{tokens}×{small}→{}", factor * small),
-                    NAMES[place],
-                    NAMES[best],
-                    if over > 1.1 { "*" } else { " " },
-                    found.forced.map(|ms| format!("{:.2}", ms / found.frozen)).join(" "),
-                );
+        for (small, factor) in [256, 384].into_iter().flat_map(|small| [1, 2, 4, 8].map(|f| (small, f))) {
+            let large = factor * small;
+            for (inputs, outputs) in [(small, large), (large, small)].into_iter().take(factor.min(2)) {
+                TOKENS.iter().for_each(|&tokens| choice(kind, Sizes { tokens, inputs, outputs, rank: 32 }));
             }
         }
     }
+}
+
+/// A line of the grid.
+fn choice(kind: &str, sizes: Sizes) {
+    let bases = Arc::new(bases(kind, sizes));
+    let plan = Plan::new(sizes, WANTS, bases.form());
+    let found = measure(sizes, &bases, if sizes.tokens > 1024 { 5 } else { 15 });
+    let place = WAYS.iter().position(|&ways| ways == (plan.forward, plan.backward)).unwrap_or(0);
+    let best = (0..4).min_by(|&a, &b| found.forced[a].total_cmp(&found.forced[b])).unwrap_or(0);
+    let over = found.forced[place] / found.forced[best];
+    println!(
+        "{kind:>6} {:>18} {:>6} {:>6} {over:>5.2}{}  {}",
+        format!("{}×{}→{}", sizes.tokens, sizes.inputs, sizes.outputs),
+        NAMES[place],
+        NAMES[best],
+        if over > 1.1 { "*" } else { " " },
+        found.forced.map(|ms| format!("{:.2}", ms / found.frozen)).join(" "),
+    );
 }
 
 /// W0 + ΔW built once (one token through it, panels) and whole layers, with ternary bases as they are stored over
