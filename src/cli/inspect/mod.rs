@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::method::{BasesName, MethodName};
-use super::model::PeftDraw;
-use super::{Failure, output, targets};
+use super::model::{PeftDraw, is_adapter};
+use super::{Failure, output, targets, task_vectors};
 
 /// Show what is in a model folder, a safetensors file or an adapter folder; with --method, what
 /// training a model would take.
@@ -65,6 +65,8 @@ pub(crate) struct Args {
     /// RandLoRA's random bases [default: uniform].
     #[arg(long, value_name = "NAME", value_enum, requires = "method")]
     bases: Option<BasesName>,
+    #[arg(long, value_name = "DIR,…", value_delimiter = ',', requires = "method", help = task_vectors::HELP)]
+    task_vectors: Vec<PathBuf>,
     #[arg(long, requires = "method", default_value = targets::DEFAULT, help = targets::HELP)]
     targets: String,
     /// The outputs of the classifier [default: those of the model's classifier, or 2].
@@ -84,8 +86,7 @@ pub(crate) struct Args {
 /// Shows what PATH is.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let path = &args.path;
-    let is_adapter =
-        ["adapter_config.json", "compact.safetensors"].iter().any(|name| path.join(name).is_file());
+    let is_adapter = is_adapter(path);
     let fail = |message: &str| Err::<(), Failure>(format!("{}: {message}", path.display()).into());
     if !path.exists() {
         return fail("there is no such file or folder");
