@@ -74,7 +74,7 @@ pub(super) const METHODS: [Method; 20] = [
     Method { name: "nola", rank: 4, scale: None, learning_rates: FEW },
     Method { name: "pranc", rank: 0, scale: None, learning_rates: FEW },
     Method { name: "intrinsic", rank: 0, scale: None, learning_rates: FEW },
-    Method { name: ATLAS, rank: 0, scale: None, learning_rates: FEW },
+    Method { name: ATLAS, rank: 0, scale: None, learning_rates: &[3e-2, 1e-1, 3e-1] },
 ];
 
 /// The method that needs task vectors.
@@ -89,6 +89,9 @@ const BASE_EPOCHS: usize = 10;
 const BATCH: usize = 32;
 /// The name of the classifier, which every method trains.
 const HEAD: &str = "classifier";
+/// The layers that are adapted.
+pub(super) const TARGETS: [&str; 6] =
+    ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"];
 
 const MODEL: VitConfig = VitConfig {
     image: 8,
@@ -274,7 +277,7 @@ impl Experiment {
             None if method.name == ATLAS => Box::new(Atlas { vectors: vectors.to_vec() }),
             None => adapters::by_name(method.name, &settings)?,
         };
-        adapters::attach(&mut model, &*adapter, &targets(), &[HEAD])?;
+        adapters::attach(&mut model, &*adapter, &Targets::names(&TARGETS), &[HEAD])?;
         Ok(model)
     }
 
@@ -328,11 +331,6 @@ impl Experiment {
         let range = ranks.iter().min().zip(ranks.iter().max()).map(|(&low, &high)| (low, high));
         Ok(range.filter(|&(_, high)| high > 0))
     }
-}
-
-/// The layers that are adapted.
-pub(super) fn targets() -> Targets {
-    Targets::names(&["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"])
 }
 
 /// RandLoRA with PEFT's start, which is the best on this task, or by the automatic scale with the bases that its

@@ -1,10 +1,11 @@
-//! The task vectors that aTLAS combines in the demo: the base, fine-tuned whole on two shifts of the digits that
-//! the new task is made of, each alone. They learn from the training split; nothing is chosen or judged by them.
+//! The task vectors that aTLAS combines in the demo: the base, fine-tuned on two shifts of the digits that the
+//! new task is made of, each alone. Only the weights that are adapted later are trained, so that all that is
+//! learned is in the vector, and on the training split; nothing is chosen or judged by these trainings.
 
 use randlora::Result;
-use randlora::adapters::{TaskVector, task_vector};
+use randlora::adapters::{Targets, TaskVector, task_vector, train_only};
 
-use super::experiment::{EPOCHS, Experiment, Task, targets};
+use super::experiment::{EPOCHS, Experiment, TARGETS, Task};
 
 /// The shifts, each with its seed, which no other training has.
 const SHIFTS: [(Task, u64); 2] = [(Task::Mirrored, 200), (Task::Negative, 201)];
@@ -30,11 +31,13 @@ impl Experiment {
         on_step: &mut dyn FnMut(u64),
     ) -> Result<TaskVector> {
         let mut tuned = self.load(base)?;
+        let weights = TARGETS.map(|layer| format!("{layer}.weight"));
+        train_only(&mut tuned, &weights.each_ref().map(String::as_str))?;
         self.fit(&mut tuned, task, (RATE, epochs, seed), &mut |_, _| {
             on_step(1);
             Ok(())
         })?;
-        task_vector(&self.load(base)?, &tuned, &targets())
+        task_vector(&self.load(base)?, &tuned, &Targets::names(&TARGETS))
     }
 }
 
