@@ -53,7 +53,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// The methods of `finetune`, with commas between; RandLoRA with its bases and scale, as in
-    /// `randlora:block@peft` [default: all]. Not atlas, which needs task vectors.
+    /// `randlora:block@peft`. atlas, which needs task vectors, is none of them [default: all].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     methods: Vec<Entry>,
     #[arg(long, default_value = targets::DEFAULT, help = targets::HELP)]
