@@ -10,38 +10,46 @@
 
 use std::collections::BTreeMap;
 
-use crate::adapters::attach::{LayerInfo, Method, each};
+use crate::adapters::attach::{LayerInfo, Method, Targets, each};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Context, LinearAdapter, Module, Parameter};
+use crate::nn::{Context, Linear, LinearAdapter, Module, Parameter, Recipe};
 use crate::tensor::Tensor;
 
 /// The weights' differences of one task by the names of their layers.
 pub type TaskVector = BTreeMap<String, Tensor>;
 
-/// What the fine-tuned model's linear layers have more than the base's.
+/// What the fine-tuned model's linear layers that `targets` means have more than the base's: each a matrix
+/// (out, in). What an adapter adds to the weight counts too.
 ///
 /// # Errors
-/// [`Error::NoMatch`] where the models have not the same layers, [`Error::Shape`] where one is of another
-/// size.
-pub fn task_vector<M: Module + ?Sized>(base: &M, tuned: &M) -> Result<TaskVector> {
+/// [`Error::NoMatch`] where the fine-tuned model lacks a layer, [`Error::Shape`] where one is of another
+/// size, and those of [`LinearAdapter::delta`].
+pub fn task_vector<M: Module + ?Sized>(base: &M, tuned: &M, targets: &Targets) -> Result<TaskVector> {
     let tuned: BTreeMap<String, _> = tuned.linears().into_iter().collect();
     let mut vector = BTreeMap::new();
-    for (name, layer) in base.linears() {
+    for (name, layer) in base.linears().into_iter().filter(|(name, _)| targets.matches(name)) {
         let Some(other) = tuned.get(&name) else {
             let available = tuned.into_keys().collect();
             return Err(Error::NoMatch { wanted: format!("`{name}` of the base"), available });
         };
         let (from, to) = (layer.weight().value(), other.weight().value());
-        let wide = |x: &Tensor| {
-            if x.dtype().is_compute() { Ok(x.detach()) } else { x.to_dtype(crate::dtype::DType::F32) }
-        };
         if from.shape() != to.shape() {
             let message = format!("`{name}` is {} in the base and {} after it", from.shape(), to.shape());
             return Err(Error::shape("task vector", message));
         }
-        vector.insert(name, wide(to)?.sub(&wide(from)?)?);
+        vector.insert(name, difference(layer, other)?);
     }
     Ok(vector)
+}
+
+fn difference(base: &Linear, tuned: &Linear) -> Result<Tensor> {
+    let wide = |x: &Tensor| if x.dtype().is_compute() { Ok(x.detach()) } else { x.to_dtype(DType::F32) };
+    let difference = wide(tuned.weight().value())?.sub(&wide(base.weight().value())?)?;
+    match tuned.delta()? {
+        Some(delta) => difference.add(&delta.detach().to_dtype(difference.dtype())?),
+        None => Ok(difference),
+    }
 }
 
 /// The task vectors to combine.
@@ -53,7 +61,8 @@ pub fn task_vector<M: Module + ?Sized>(base: &M, tuned: &M) -> Result<TaskVector
 ///
 /// let model = |seed| Linear::init(&Init::seeded(seed, &Device::cpu()), 20, 30, true);
 /// let mut base = model(0)?;
-/// let vectors = vec![task_vector(&base, &model(1)?)?, task_vector(&base, &model(2)?)?];
+/// let vector = |tuned| task_vector(&base, &tuned, &Targets::AllLinear);
+/// let vectors = vec![vector(model(1)?)?, vector(model(2)?)?];
 /// attach(&mut base, &Atlas { vectors }, &Targets::AllLinear, &[])?;
 /// assert_eq!(base.trainable_count(), 2);
 /// # Ok::<(), randlora::Error>(())
@@ -62,6 +71,18 @@ pub fn task_vector<M: Module + ?Sized>(base: &M, tuned: &M) -> Result<TaskVector
 pub struct Atlas {
     /// One for each task.
     pub vectors: Vec<TaskVector>,
+}
+
+impl Atlas {
+    /// What the adapters call the task vector at this place.
+    fn part(place: usize) -> String {
+        format!("tau.{place}")
+    }
+
+    /// With so many task vectors, each of which comes from its name among [`LinearAdapter::given`].
+    pub(super) fn of_parts(count: usize, given: impl Fn(&str) -> Result<TaskVector>) -> Result<Atlas> {
+        Ok(Atlas { vectors: (0..count).map(|place| given(&Atlas::part(place))).collect::<Result<_>>()? })
+    }
 }
 
 impl Method for Atlas {
@@ -107,7 +128,7 @@ impl AtlasAdapter {
                 );
                 return Err(Error::shape("atlas", message));
             }
-            tau.detach().to_dtype(layer.dtype)
+            tau.detach().to_dtype(layer.dtype)?.to_device(&layer.device)
         };
         let vectors: Vec<Tensor> = settings.vectors.iter().map(own).collect::<Result<_>>()?;
         let lambda = Tensor::zeros([vectors.len()], layer.dtype, &layer.device)?;
@@ -140,5 +161,13 @@ impl LinearAdapter for AtlasAdapter {
 
     fn delta(&self, _: &Tensor) -> Result<Tensor> {
         self.sum(self.lambda.value())
+    }
+
+    fn recipe(&self) -> Option<Recipe> {
+        Some(Recipe::from([("vectors", self.vectors.len().to_string())]))
+    }
+
+    fn given(&self) -> Vec<(String, &Tensor)> {
+        self.vectors.iter().enumerate().map(|(i, tau)| (Atlas::part(i), tau)).collect()
     }
 }

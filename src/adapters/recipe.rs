@@ -1,9 +1,13 @@
 //! Methods as a file keeps them: settings by their names, as texts, from which the very same are made again.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use crate::adapters::{AdaLora, Dora, HydraLora, Intrinsic, LoraXs, Method, Nola, Pissa, Pranc, Svft, Vera};
+use crate::adapters::{
+    AdaLora, Atlas, Dora, HydraLora, Intrinsic, LoraXs, Method, Nola, Pissa, Pranc, Svft, Vera,
+};
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// The settings of these names as texts. Numbers are written so that reading gives the same bits.
 macro_rules! recipe {
@@ -14,12 +18,17 @@ macro_rules! recipe {
 pub(super) use recipe;
 
 /// A method from what [`LinearAdapter::recipe`](crate::nn::LinearAdapter::recipe) says of one of its
-/// adapters; `get` gives the text of a name.
+/// adapters; `get` gives the text of a name, and `given` what the adapters of the layers were
+/// [given](crate::nn::LinearAdapter::given) under a name, by the layers' names.
 ///
 /// # Errors
 /// [`Error::NoMatch`] for a method that has no recipe; [`Error::Config`] where a setting is missing or no
-/// number.
-pub fn by_recipe<'a>(name: &str, get: impl Fn(&str) -> Option<&'a str>) -> Result<Box<dyn Method>> {
+/// number; and those of `given`.
+pub fn by_recipe<'a>(
+    name: &str,
+    get: impl Fn(&str) -> Option<&'a str>,
+    given: impl Fn(&str) -> Result<BTreeMap<String, Tensor>>,
+) -> Result<Box<dyn Method>> {
     /// The struct with its fields read by their names.
     macro_rules! read {
         ($Method:ident: $($name:ident),*) => {
@@ -40,6 +49,7 @@ pub fn by_recipe<'a>(name: &str, get: impl Fn(&str) -> Option<&'a str>) -> Resul
         "nola" => read!(Nola: rank, coefficients, scale, dropout, seed),
         "pranc" => read!(Pranc: coefficients, scale, dropout, seed),
         "intrinsic" => read!(Intrinsic: coefficients, seed),
+        "atlas" => Box::new(Atlas::of_parts(number("vectors", &get)?, given)?),
         _ => {
             let known = [
                 "dora",
@@ -52,6 +62,7 @@ pub fn by_recipe<'a>(name: &str, get: impl Fn(&str) -> Option<&'a str>) -> Resul
                 "nola",
                 "pranc",
                 "intrinsic",
+                "atlas",
             ];
             let available = known.map(String::from).to_vec();
             return Err(Error::NoMatch { wanted: format!("the method `{name}`"), available });

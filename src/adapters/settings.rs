@@ -60,24 +60,27 @@ pub fn default_rank(name: &str) -> Option<usize> {
 }
 
 impl Settings {
-    /// An error for a setting that the method does not have.
-    fn check(&self, name: &str) -> Result<()> {
+    /// Whether the method of this name has all settings that are given.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for one that it does not have.
+    pub fn check(&self, name: &str) -> Result<()> {
         let without = |what, given: bool, methods: &[&str]| match given && methods.contains(&name) {
             true => Err(Error::config(what, format!("{name} has none: leave it out"))),
             false => Ok(()),
         };
-        let whole = ["bitfit", "full"];
+        let whole = ["bitfit", "full", "atlas"];
         let ranked = ["svft", "pranc", "intrinsic"];
         without("rank", self.rank.is_some(), &[&whole[..], &ranked].concat())?;
         without("scale", self.scale.is_some(), &[&whole[..], &["vera", "svft", "intrinsic"]].concat())?;
         without("dropout", self.dropout != 0.0, &[&whole[..], &["svft", "intrinsic"]].concat())?;
-        let others: Vec<&str> =
-            METHODS.into_iter().filter(|name| !["nola", "pranc", "intrinsic"].contains(name)).collect();
-        without("coefficients", self.coefficients.is_some(), &others)
+        let combines = ["nola", "pranc", "intrinsic"].contains(&name);
+        without("coefficients", self.coefficients.is_some() && !combines, &[name])
     }
 }
 
-/// A method by its name, one of [`METHODS`]. (aTLAS has none: it needs [task vectors](crate::adapters::Atlas).)
+/// A method by its name, one of [`METHODS`]. (aTLAS is not among them: it needs
+/// [task vectors](crate::adapters::Atlas).)
 ///
 /// # Errors
 /// [`Error::NoMatch`] for another name, [`Error::Config`] for a setting that the method does not have or that

@@ -23,7 +23,7 @@ pub(crate) fn model(
     let stored = BertConfig::of(&checkpoint)?.labels;
     let labels = labels.unwrap_or(if stored > 0 { stored } else { 2 });
     let (mut model, loaded) = Bert::load(&checkpoint, BertLoad { labels: Some(labels), seed: 0 }, device)?;
-    settings.attach(&mut model, &loaded.fresh)?;
+    settings.attach(&mut model, &loaded.fresh, &checkpoint)?;
     Ok(model)
 }
 

@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 use std::str::FromStr;
 
-use randlora::adapters::{self, Attached, Distribution, Method, RandLora, Start};
+use randlora::adapters::{self, Atlas, Attached, Distribution, Method, RandLora, Start, Targets};
+use randlora::io::Checkpoint;
 use randlora::models::Bert;
 use randlora::nn::{Linear, Module};
 use randlora::{Error, Pairing, Result, Structure};
 
 use super::targets;
+use super::task_vectors::Folders;
 
 /// The methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -41,6 +43,8 @@ pub(crate) enum MethodName {
     Pranc,
     /// A random subspace of each layer's weight.
     Intrinsic,
+    /// Sums of what other models have learned since the same base, weighted in each layer: see --task-vectors.
+    Atlas,
     /// Every number of the model is trained.
     Full,
     /// The classifier alone is trained.
@@ -164,6 +168,7 @@ impl MethodName {
             MethodName::Hydralora => "hydralora",
             MethodName::Pranc => "pranc",
             MethodName::Intrinsic => "intrinsic",
+            MethodName::Atlas => "atlas",
             MethodName::Full => "full",
             MethodName::Head => "head",
         }
@@ -179,7 +184,7 @@ impl MethodName {
     pub(crate) fn learning_rate(name: &str, scale: Scale) -> f64 {
         match name {
             "full" => 1e-4,
-            "head" | "vera" | "nola" | "svft" | "pranc" | "intrinsic" => 1e-2,
+            "head" | "vera" | "nola" | "svft" | "pranc" | "intrinsic" | "atlas" => 1e-2,
             "lora" | "dora" | "adalora" | "hydralora" | "bitfit" | "lora-xs" => 1e-3,
             "randlora" if scale == Scale::Auto => 1e-3,
             _ => 3e-4,
@@ -206,14 +211,16 @@ pub(crate) struct Settings<'a> {
     pub(crate) coefficients: Option<usize>,
     /// The steps of the training.
     pub(crate) steps: usize,
+    pub(crate) vectors: Folders<'a>,
 }
 
 impl Settings<'_> {
     /// Freezes what the method does not train and attaches its adapters. The classifier is trained in every
     /// method, and so are `fresh` parameters: what has no value yet in the model's folder would be
     /// another random one there tomorrow. RandLoRA's bases are paired as in PEFT, so that the adapter can
-    /// be saved for it.
-    pub(crate) fn attach(&self, model: &mut Bert, fresh: &[String]) -> Result<Attached> {
+    /// be saved for it. The model is that of `from`.
+    pub(crate) fn attach(&self, model: &mut Bert, fresh: &[String], from: &Checkpoint) -> Result<Attached> {
+        self.vectors.check(self.method)?;
         let Settings { dropout, seed, .. } = *self;
         let rank = self.rank.or(self.method.default_rank()).unwrap_or(0);
         let modules = fresh.iter().filter_map(|name| Some(name.rsplit_once('.')?.0));
@@ -245,14 +252,23 @@ impl Settings<'_> {
                     ways: None,
                 })
             }
-            other => {
-                let Settings { coefficients, steps, .. } = *self;
-                let (rank, scale) = (self.rank.or(other.default_rank()), self.scale.of_other(other)?);
-                let settings =
-                    adapters::Settings { rank, scale, dropout, seed, coefficients, steps: Some(steps) };
-                adapters::by_name(other.name(), &settings)?
+            MethodName::Atlas => {
+                self.of_other()?.check("atlas")?;
+                let targets = targets()?;
+                let adapted = |name: &&String| targets.matches(name) && !whole.contains(&name.as_str());
+                let adapted = Targets::Names(layers.iter().filter(adapted).cloned().collect());
+                Box::new(Atlas { vectors: self.vectors.load(model, from, &adapted)? })
             }
+            other => adapters::by_name(other.name(), &self.of_other()?)?,
         };
         adapters::attach(model, &*method, &targets()?, &whole)
+    }
+
+    /// For another method than RandLoRA.
+    fn of_other(&self) -> Result<adapters::Settings> {
+        let Settings { dropout, seed, coefficients, steps, .. } = *self;
+        let rank = self.rank.or(self.method.default_rank());
+        let scale = self.scale.of_other(self.method)?;
+        Ok(adapters::Settings { rank, scale, dropout, seed, coefficients, steps: Some(steps) })
     }
 }

@@ -30,6 +30,7 @@ mod study;
 mod table;
 mod targets;
 mod task;
+mod task_vectors;
 
 use std::process::ExitCode;
 

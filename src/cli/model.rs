@@ -40,7 +40,7 @@ pub(crate) struct ModelArgs {
 }
 
 /// How an adapter of PEFT's without bases is read.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub(crate) struct PeftDraw {
     /// The type that PEFT drew the bases in, for a RandLoRA that it saved without them: bf16, or f16 on a machine
     /// that has no bf16.
@@ -49,8 +49,9 @@ pub(crate) struct PeftDraw {
 }
 
 /// A type that PEFT draws in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Half {
+    #[default]
     Bf16,
     F16,
 }
@@ -99,13 +100,23 @@ impl ModelArgs {
 
     /// Opens the model folder.
     pub(crate) fn checkpoint(&self) -> Result<Checkpoint> {
-        Checkpoint::open(&self.model, if self.no_mmap { Access::Read } else { Access::Map })
+        Checkpoint::open(&self.model, self.access())
+    }
+
+    /// How models come into memory.
+    pub(crate) fn access(&self) -> Access {
+        if self.no_mmap { Access::Read } else { Access::Map }
     }
 
     /// Runs `f` with the threads that were asked for.
     pub(crate) fn with_threads<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
         with_threads(self.threads, f)
     }
+}
+
+/// Whether this is the folder of an adapter.
+pub(crate) fn is_adapter(folder: &Path) -> bool {
+    ["adapter_config.json", "compact.safetensors"].iter().any(|name| folder.join(name).is_file())
 }
 
 /// Runs `f` with so many threads, or one on each core.

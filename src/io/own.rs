@@ -15,8 +15,11 @@
 //! The tensors are the trained parameters by their names in the model, `<layer>.<method>.<parameter>` for an
 //! adapter's. What is not trained, random matrices and the singular vectors of the model's weights, is made
 //! again from the settings and the model: the folder is small, and goes with that very model.
+//!
+//! Only what aTLAS combines follows from neither. Its task vectors are a third file, adapter_given.safetensors, by
+//! the names `<layer>.atlas.tau.<place>`: as many numbers as the adapted weights have, for each task.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -31,10 +34,12 @@ use crate::io::json::Object;
 use crate::io::map::Access;
 use crate::io::peft::PeftTask;
 use crate::io::safetensors::{SafeTensors, save_safetensors};
-use crate::nn::{ItemMut, LinearAdapter, Module, Recipe};
+use crate::nn::{ItemMut, LinearAdapter, Module, Recipe, join};
+use crate::tensor::Tensor;
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
+const GIVEN: &str = "adapter_given.safetensors";
 pub(super) const KIND: &str = "RANDLORA_RS";
 
 /// An open adapter folder of this crate's own form.
@@ -45,6 +50,8 @@ pub struct OwnAdapter {
     layers: Vec<String>,
     modules: Vec<String>,
     file: SafeTensors,
+    /// What is not trained, where the adapter was given such.
+    given: Option<SafeTensors>,
 }
 
 impl OwnAdapter {
@@ -67,9 +74,11 @@ impl OwnAdapter {
         }
         let method = config.needed("method", config.text("method")?)?.to_string();
         let file = SafeTensors::open(&folder.join(TENSORS), Access::Read)?;
-        let adapter = OwnAdapter { method, layers, modules, file, config };
-        // Settings that cannot be read are better known now than when a model is there.
-        adapter.recipe()?;
+        let given = folder.join(GIVEN);
+        let given = given.is_file().then(|| SafeTensors::open(&given, Access::Read)).transpose()?;
+        let adapter = OwnAdapter { method, layers, modules, file, given, config };
+        // What cannot be read is better known now than when a model is there.
+        adapter.recipe(|name| adapter.check_given(name))?;
         Ok(adapter)
     }
 
@@ -123,11 +132,16 @@ impl OwnAdapter {
         self.layers.iter().find(|name| *name == layer)
     }
 
+    /// The tensors of the adapted layers that are not trained, with their sizes: aTLAS's task vectors.
+    pub fn given(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.given.iter().flat_map(SafeTensors::entries).map(|(name, entry)| (name, &entry.dims[..]))
+    }
+
     /// A parameter as it is stored.
     ///
     /// # Errors
     /// [`Error::Data`] where the file lacks it.
-    pub fn tensor(&self, name: &str, device: &Device) -> Result<crate::tensor::Tensor> {
+    pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
         self.file.tensor(name, device)
     }
 
@@ -136,20 +150,52 @@ impl OwnAdapter {
         Error::data(self.file.what(), message)
     }
 
-    fn recipe(&self) -> Result<Box<dyn Method>> {
+    fn recipe(&self, given: impl Fn(&str) -> Result<BTreeMap<String, Tensor>>) -> Result<Box<dyn Method>> {
         let settings = self.settings()?;
         let get = |name: &str| settings.iter().find(|(key, _)| *key == name).map(|(_, text)| *text);
-        by_recipe(&self.method, get).map_err(|error| self.config.error(error.to_string()))
+        by_recipe(&self.method, get, given).map_err(|error| match error {
+            Error::Config { .. } | Error::NoMatch { .. } => self.config.error(error.to_string()),
+            of_tensors => of_tensors,
+        })
+    }
+
+    /// The file with what every layer was given, and the names of this in it.
+    fn place_of(&self, name: &str) -> Result<(&SafeTensors, impl Iterator<Item = (&String, String)>)> {
+        let Some(file) = &self.given else {
+            return Err(self
+                .config
+                .error(format!("{} needs {GIVEN} beside it, which is missing", self.method)));
+        };
+        let layers = self.layers.iter();
+        Ok((file, layers.map(move |layer| (layer, given_name(layer, &self.method, name)))))
+    }
+
+    /// An error where a layer was not given this; no tensor is read.
+    fn check_given(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
+        let (file, mut names) = self.place_of(name)?;
+        match names.find(|(_, name)| file.entry(name).is_none()) {
+            Some((_, name)) => Err(Error::data(file.what(), format!("there is no tensor `{name}`"))),
+            None => Ok(BTreeMap::new()),
+        }
+    }
+
+    /// What the layers were given under this name.
+    fn read_given(&self, name: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+        let (file, names) = self.place_of(name)?;
+        names.map(|(layer, name)| Ok((layer.clone(), file.tensor(&name, device)?))).collect()
     }
 
     /// Attaches the adapter to a model, whose other parameters are frozen.
     ///
     /// # Errors
     /// [`Error::NoMatch`] where the model lacks a layer or parameter, [`Error::Data`] where a tensor is
-    /// missing, has another shape than the model needs, or is no part of it; and as [`attach`].
+    /// missing, has another shape than the model needs, or is no part of it; and as [`attach`], whose
+    /// [`Error::Shape`] is for a task vector that is not of the layer's size.
     pub fn attach<M: Module + ?Sized>(&self, model: &mut M) -> Result<Attached> {
         let modules: Vec<&str> = self.modules.iter().map(String::as_str).collect();
-        let attached = attach(model, &*self.recipe()?, &Targets::Names(self.layers.clone()), &modules)?;
+        let device = model.parameters().first().map_or_else(Device::cpu, |(_, p)| p.value().device().clone());
+        let method = self.recipe(|name| self.read_given(name, &device))?;
+        let attached = attach(model, &*method, &Targets::Names(self.layers.clone()), &modules)?;
         let mut trained = BTreeSet::new();
         model.try_visit_mut(&mut |name, item| match item {
             ItemMut::Parameter(parameter) if parameter.is_trainable() => {
@@ -166,9 +212,13 @@ impl OwnAdapter {
             }
             _ => Ok(()),
         })?;
-        match self.tensors().find(|(name, _)| !trained.contains(*name)) {
-            Some((name, _)) => {
-                Err(self.error(format!("`{name}` is no part of what is trained in this model")))
+        if let Some((name, _)) = self.tensors().find(|(name, _)| !trained.contains(*name)) {
+            return Err(self.error(format!("`{name}` is no part of what is trained in this model")));
+        }
+        let given: BTreeSet<String> = given_to(model).into_iter().map(|(name, _)| name).collect();
+        match self.given.as_ref().zip(self.given().find(|(name, _)| !given.contains(*name))) {
+            Some((file, (name, _))) => {
+                Err(Error::data(file.what(), format!("`{name}` is no part of this adapter")))
             }
             None => Ok(attached),
         }
@@ -183,7 +233,7 @@ impl OwnAdapter {
 pub fn save_own<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
     let (method, recipe, layers) = describe(model)?;
     let parameters = model.parameters();
-    let trained: Vec<(String, crate::tensor::Tensor)> = parameters
+    let trained: Vec<(String, Tensor)> = parameters
         .into_iter()
         .filter(|(_, parameter)| parameter.is_trainable())
         .map(|(name, parameter)| (name, parameter.value().clone()))
@@ -202,9 +252,34 @@ pub fn save_own<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -
         "task_type": task.name,
     });
     fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
+    save_given(&given_to(model), &folder.join(GIVEN))?;
     save_safetensors(&folder.join(TENSORS), &trained, &[("format", "pt")])?;
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
     write_whole(&folder.join(CONFIG), |out| writeln!(out, "{text}"))
+}
+
+/// Writes what adapters were given; where that is nothing, no file is left that says otherwise.
+fn save_given(given: &[(String, Tensor)], path: &Path) -> Result<()> {
+    match given.is_empty() {
+        false => save_safetensors(path, given, &[("format", "pt")]),
+        true if path.exists() => fs::remove_file(path).map_err(|source| io_error(path, source)),
+        true => Ok(()),
+    }
+}
+
+/// The tensors that a model's adapters were given, by their names in a file.
+fn given_to<M: Module + ?Sized>(model: &M) -> Vec<(String, Tensor)> {
+    let mut found = Vec::new();
+    for (layer, linear) in model.linears() {
+        let Some(adapter) = linear.adapter() else { continue };
+        let given = adapter.given().into_iter();
+        found.extend(given.map(|(name, x)| (given_name(&layer, adapter.method(), &name), x.clone())));
+    }
+    found
+}
+
+fn given_name(layer: &str, method: &str, name: &str) -> String {
+    join(&join(layer, method), name)
 }
 
 /// The method and the settings that all adapters of a model share, and the layers that have one.

@@ -56,9 +56,16 @@ pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
     fn delta(&self, weight: &Tensor) -> Result<Tensor>;
 
     /// The settings that it was made with, by their names as texts, so that a file can keep them: with
-    /// them and its parameters it can be made again on the same layer. None where it cannot.
+    /// them, its parameters and what it was [given](LinearAdapter::given) it can be made again on the same
+    /// layer. None where it cannot.
     fn recipe(&self) -> Option<Recipe> {
         None
+    }
+
+    /// Tensors with their names that are not trained and follow from neither the settings nor the layer: a file
+    /// has to keep them as they are.
+    fn given(&self) -> Vec<(String, &Tensor)> {
+        vec![]
     }
 
     /// What the adapter adds to the loss, a single number.

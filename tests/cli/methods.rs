@@ -1,7 +1,7 @@
 //! Every method on the command line: trained, saved, evaluated, trained on, shown.
 
-use crate::command::{Work, arguments, failure, fixture, object, refs, text};
-use serde_json::json;
+use crate::command::{Work, arguments, examples, failure, fixture, object, randlora, refs, text};
+use serde_json::{Value, json};
 
 /// The methods with adapters beside RandLoRA and LoRA, and what they need on the tiny model.
 const METHODS: [(&str, &[&str]); 11] = [
@@ -79,4 +79,93 @@ fn plans_and_settings_that_a_method_lacks() {
     assert!(
         failure(&["demo", "--methods", "lora,lola"]).contains("no method `lola`; there are: probe, lora")
     );
+}
+
+/// Trains the tiny model on these examples.
+fn finetune(work: &Work, out: &str, more: &[&str]) -> Value {
+    object(&refs(&arguments(work, "finetune", &[&["--out", &work.path(out)], more].concat())))
+}
+
+#[test]
+fn atlas_combines_whole_models_and_adapters() {
+    let work = Work::new("atlas");
+    let model = fixture("peft_training/model");
+    // What others have learned may be of other classes.
+    let mut others = examples(96, 5);
+    (0..96).for_each(|i| others[i]["label"] = json!(["a", "b", "c"][i % 3]));
+    let others = work.rows("others.jsonl", &others);
+    let other = ["--train", &others, "--eval", &others, "--epochs", "1"];
+    finetune(&work, "full", &[&["--method", "full", "--lr", "1e-3"], &other[..]].concat());
+    finetune(&work, "lora", &["--method", "lora", "--lr", "1e-2", "--epochs", "1"]);
+    finetune(
+        &work,
+        "nola",
+        &["--method", "nola", "--coefficients", "9", "--targets", "query", "--epochs", "1"],
+    );
+    let folders = ["full/last", "lora/best", "nola/last"].map(|folder| work.path(folder));
+
+    let vectors = folders.join(",");
+    let atlas = ["--method", "atlas", "--task-vectors", &vectors, "--epochs", "2", "--lr", "1e-1"];
+    let found = finetune(&work, "atlas", &atlas);
+    assert_eq!(found["method"], "atlas");
+    // Six layers with a number for each task, and the classifier.
+    assert_eq!(found["trained_parameters"], json!(6 * 3 + (24 + 1) * 2));
+    let names = work.names("atlas/last");
+    assert!(names.contains(&"adapter_given.safetensors".to_string()), "{names:?}");
+    // The folder needs none of those that it was made from.
+    folders.iter().for_each(|folder| std::fs::remove_dir_all(folder).expect("it was made"));
+
+    let (last, data) = (work.path("atlas/last"), work.path("eval.jsonl"));
+    let scores = object(&["eval", "--model", &model, "--adapter", &last, "--data", &data]);
+    assert_eq!((&scores["accuracy"], &scores["loss"]), (&found["last"]["accuracy"], &found["last"]["loss"]));
+    let merged = work.path("merged");
+    let done = object(&["merge", "--model", &model, "--adapter", &last, "--out", &merged]);
+    assert!(done["layers"] == json!(6) && done["difference"].as_f64().expect("a number") < 1e-4, "{done}");
+    let of_merged = object(&["eval", "--model", &merged, "--data", &data]);
+    assert_eq!(of_merged["accuracy"], found["last"]["accuracy"]);
+    let more = finetune(&work, "more", &["--adapter", &last, "--epochs", "1"]);
+    assert_eq!(more["trained_parameters"], found["trained_parameters"]);
+    object(&["eval", "--model", &model, "--adapter", &work.path("more/last"), "--data", &data]);
+
+    let shown = object(&["inspect", &last]);
+    assert_eq!((&shown["method"], &shown["vectors"]), (&json!("atlas"), &json!(3)));
+    assert_eq!(shown["adapter_parameters"], json!(6 * 3));
+    assert_eq!(shown["given_parameters"], json!(6 * 3 * 24 * 24));
+    let sizes = object(&["inspect", &last, "--model", &model]);
+    assert!(sizes["layers"][0]["delta"].as_f64().expect("a number") > 0.0, "{sizes}");
+    assert!(text(&["inspect", &last]).contains("given, not trained"));
+}
+
+#[test]
+fn task_vectors_that_are_none_are_refused() {
+    let work = Work::new("no-task-vectors");
+    let model = fixture("peft_training/model");
+    let before = work.tree();
+    let error = |more: &[&str]| failure(&refs(&arguments(&work, "finetune", more)));
+    let of = |folder: &str| error(&["--method", "atlas", "--task-vectors", folder]);
+    let lacks =
+        "--task-vectors: atlas combines models that were fine-tuned from this one: name their folders";
+    assert!(error(&["--method", "atlas"]).contains(lacks));
+    assert!(failure(&["inspect", &model, "--method", "atlas"]).contains(lacks));
+    assert!(error(&["--task-vectors", &model]).contains("randlora combines none: say `--method atlas`"));
+    assert!(of("/nowhere/model").contains("/nowhere/model: there is no such folder"));
+    assert!(of(&model).contains("peft_training/model: it changes none of the layers that are adapted"));
+    let wide = of(&fixture("bert/single_label"));
+    assert!(wide.contains("single_label: ") && wide.contains("in the base and [36, 36] after it"), "{wide}");
+    let short = work.copy("short", &model);
+    let config = String::from_utf8(work.read("short/config.json")).expect("UTF-8");
+    work.write("short/config.json", config.replace("hidden_layers\": 2", "hidden_layers\": 1"));
+    let lacks = of(&short);
+    assert!(lacks.contains("short: `bert.encoder.layer.1.") && lacks.contains("there are: "), "{lacks}");
+    std::fs::remove_dir_all(short).expect("it was made");
+    let vectors = fixture("our_adapters/lora");
+    let set = |more: &[&str]| error(&[&["--method", "atlas", "--task-vectors", &vectors], more].concat());
+    assert!(set(&["--rank", "3"]).contains("atlas has none"));
+    assert!(set(&["--dropout", "0.1"]).contains("atlas has none"));
+    assert!(work.tree() == before);
+    let both = ["--adapter", &vectors, "--task-vectors", &vectors];
+    assert_eq!(randlora(&refs(&arguments(&work, "finetune", &both))).status.code(), Some(2));
+    let plan =
+        object(&["inspect", &model, "--method", "atlas", "--task-vectors", &vectors, "--batch-size", "2"]);
+    assert_eq!(plan["adapter_parameters"], json!(6));
 }

@@ -432,9 +432,36 @@ fn settings_out_of_range() {
         Atlas { vectors: vec![TaskVector::from([("layer".into(), normal("x", &[4, 6], DType::F32))])] };
     assert!(matches!(size.adapters(&[layer(4, 6)]), Err(Error::Shape { .. })));
     assert!(matches!(
-        task_vector(&vec![net().first, net().second], &vec![net().first]),
+        task_vector(&vec![net().first, net().second], &vec![net().first], &Targets::AllLinear),
         Err(Error::NoMatch { .. })
     ));
+}
+
+#[test]
+fn a_task_vector_is_what_training_has_changed_in_the_layers_that_are_meant() {
+    let (base, mut tuned) = (vec![net().first, net().second], vec![net().first, net().second]);
+    let noise = normal("noise", &[10, 6], DType::F32);
+    tuned
+        .try_visit_mut(&mut |name, item| match item {
+            randlora::nn::ItemMut::Parameter(p) if name == "0.weight" => p.set(p.value().add(&noise)?),
+            _ => Ok(()),
+        })
+        .unwrap();
+    let of = |tuned: &Vec<Linear>, targets: &Targets| task_vector(&base, tuned, targets).unwrap();
+    let vector = of(&tuned, &Targets::names(&["0"]));
+    assert_eq!(vector.keys().collect::<Vec<_>>(), ["0"]);
+    assert!(far(&vector["0"], &noise) < 1e-6);
+    // Of a model with an adapter, the adapter's change of the base; nothing in a layer without one.
+    let mut adapted = vec![net().first, net().second];
+    adapters::attach(&mut adapted, &Lora::default(), &Targets::names(&["1"]), &[]).unwrap();
+    stir(&mut adapted[1]);
+    let vector = of(&adapted, &Targets::AllLinear);
+    assert_eq!(wide(&vector["1"]), wide(&adapted[1].delta().unwrap().unwrap()));
+    assert!(wide(&vector["0"]).iter().all(|&x| x == 0.0));
+    // From weights that are stored in 16 bits, in f32.
+    tuned.freeze();
+    tuned.cast(DType::BF16).unwrap();
+    assert_eq!(of(&tuned, &Targets::AllLinear)["0"].dtype(), DType::F32);
 }
 
 #[test]

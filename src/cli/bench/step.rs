@@ -15,9 +15,10 @@ use serde_json::{Value, json};
 use super::{asked, asked_lines, line, median, number};
 use crate::cli::device::DeviceArgs;
 use crate::cli::method::{BasesName, MethodName, Scale, Settings};
-use crate::cli::model::with_threads;
+use crate::cli::model::{PeftDraw, with_threads};
 use crate::cli::output::{count, peak_memory, say, size, table};
 use crate::cli::precision::{self, PrecisionArgs};
+use crate::cli::task_vectors::{self, Folders};
 use crate::cli::{Failure, made_up, targets};
 
 /// Measure whole training steps (forward, backward, clipping, AdamW) on random tokens, with the
@@ -42,6 +43,8 @@ pub(super) struct Args {
     /// RandLoRA's random bases [default: uniform].
     #[arg(long, value_enum)]
     bases: Option<BasesName>,
+    #[arg(long, value_name = "DIR,…", value_delimiter = ',', help = task_vectors::HELP)]
+    task_vectors: Vec<PathBuf>,
     /// Texts in a batch.
     #[arg(long, value_name = "B", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
@@ -78,7 +81,7 @@ fn measure(args: &Args) -> Result<Value, Failure> {
     let (method, device) = (args.method, args.device.open(&args.precision)?);
     let [rows, length, steps] = [args.batch_size, args.length, args.steps].map(|n| n as usize);
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
-    let Args { targets, bases, .. } = args;
+    let Args { targets, bases, task_vectors, .. } = args;
     let settings = Settings {
         method,
         targets,
@@ -90,6 +93,7 @@ fn measure(args: &Args) -> Result<Value, Failure> {
         coefficients: None,
         // How many there will be changes nothing of the first.
         steps: 1000,
+        vectors: Folders { folders: task_vectors, draw: PeftDraw::default(), access: Access::Map },
     };
     let mut model = made_up::model(&args.model, Access::Map, None, &settings, &device)?;
     made_up::check_length(&args.model, length, model.config())?;

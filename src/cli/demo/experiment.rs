@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use randlora::adapters::{self, Distribution, RandLora, Settings, Start, Targets};
+use randlora::adapters::{self, Atlas, Distribution, RandLora, Settings, Start, Targets, TaskVector};
 use randlora::data::Batches;
 use randlora::data::digits::{Digits, Split};
 use randlora::models::{Vit, VitConfig};
 use randlora::nn::{Activation, Context, Init, Module};
 use randlora::optim::{AdamW, Decay, Schedule};
-use randlora::train::{Flow, Trainer};
+use randlora::train::{Flow, Progress, Trainer};
 use randlora::{Device, Result, Structure, Tensor, analysis};
 
 /// What the images show.
@@ -19,6 +19,10 @@ pub(super) enum Task {
     /// The same digits mirrored along the diagonal, with ink and paper exchanged: what it is
     /// adapted to.
     MirroredNegative,
+    /// Mirrored alone.
+    Mirrored,
+    /// With ink and paper exchanged alone.
+    Negative,
 }
 
 /// A way to adapt the base, and the learning rates to choose from.
@@ -45,7 +49,7 @@ const THIN: &[f64] = &[1e-3, 3e-3, 1e-2, 3e-2];
 
 /// r = 8 for RandLoRA and r = 3 for LoRA train exactly as many numbers in these layers. Each grid of the
 /// four that are shown by default reaches beyond the best value on both sides.
-pub(super) const METHODS: [Method; 19] = [
+pub(super) const METHODS: [Method; 20] = [
     Method { name: "probe", rank: 0, scale: None, learning_rates: &[1.0, 3.0, 10.0] },
     Method { name: "lora", rank: 3, scale: Some(2.0), learning_rates: &[3e-3, 1e-2, 3e-2] },
     Method {
@@ -70,17 +74,24 @@ pub(super) const METHODS: [Method; 19] = [
     Method { name: "nola", rank: 4, scale: None, learning_rates: FEW },
     Method { name: "pranc", rank: 0, scale: None, learning_rates: FEW },
     Method { name: "intrinsic", rank: 0, scale: None, learning_rates: FEW },
+    Method { name: ATLAS, rank: 0, scale: None, learning_rates: &[3e-2, 1e-1, 3e-1] },
 ];
+
+/// The method that needs task vectors.
+pub(super) const ATLAS: &str = "atlas";
 
 /// The seeds that each method is judged over.
 pub(super) const SEEDS: [u64; 3] = [0, 1, 2];
 /// The seed of the run that a learning rate is chosen by.
 const CHOOSING_SEED: u64 = 100;
-const EPOCHS: usize = 6;
+pub(super) const EPOCHS: usize = 6;
 const BASE_EPOCHS: usize = 10;
 const BATCH: usize = 32;
 /// The name of the classifier, which every method trains.
 const HEAD: &str = "classifier";
+/// The layers that are adapted.
+pub(super) const TARGETS: [&str; 6] =
+    ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"];
 
 const MODEL: VitConfig = VitConfig {
     image: 8,
@@ -142,15 +153,19 @@ impl Experiment {
         (BASE_EPOCHS * self.split.train.len().div_ceil(BATCH)) as u64
     }
 
-    fn model(&self) -> Result<Vit> {
+    pub(super) fn model(&self) -> Result<Vit> {
         Vit::init(&Init::seeded(0, &self.device), MODEL)
     }
 
     fn batch(&self, task: Task, rows: &[usize]) -> Result<(Tensor, Vec<u32>)> {
         let (images, labels) = self.digits.batch(rows, &self.device)?;
+        let mirrored = |images: Tensor| images.transpose(2, 3);
+        let negative = |images: Tensor| images.scale(-1.0)?.add_scalar(1.0);
         let images = match task {
             Task::Upright => images,
-            Task::MirroredNegative => images.transpose(2, 3)?.scale(-1.0)?.add_scalar(1.0)?,
+            Task::MirroredNegative => negative(mirrored(images)?)?,
+            Task::Mirrored => mirrored(images)?,
+            Task::Negative => negative(images)?,
         };
         Ok((images, labels))
     }
@@ -165,20 +180,18 @@ impl Experiment {
         Ok(right as f64 / rows.len() as f64)
     }
 
-    fn train(
+    /// Trains a model; `on_step` sees it after each step.
+    pub(super) fn fit(
         &self,
         model: &mut Vit,
         task: Task,
         (learning_rate, epochs, seed): (f64, usize, u64),
-        on_step: &mut dyn FnMut(u64),
-    ) -> Result<Run> {
+        on_step: &mut dyn FnMut(&Vit, &Progress) -> Result<()>,
+    ) -> Result<()> {
         let batches = Batches::of(self.split.train.clone(), BATCH, seed)?;
         let schedule = Schedule { warmup: batches.len() / 2, decay: Decay::Cosine };
         let mut trainer =
             Trainer { schedule, clip: Some(1.0), seed, ..Trainer::new(AdamW::new(), learning_rate, epochs) };
-        let (mut losses, mut validation) = (vec![], vec![]);
-        let start = Instant::now();
-        let mut aside = 0.0;
         trainer.fit(
             model,
             &batches,
@@ -186,17 +199,32 @@ impl Experiment {
                 let (images, labels) = self.batch(task, rows)?;
                 model.forward(&images, ctx)?.cross_entropy(&labels, None, 0.0)
             },
-            |model, progress| {
-                losses.push(progress.loss);
-                on_step(1);
-                if progress.epoch_ends {
-                    let pause = Instant::now();
-                    validation.push(self.accuracy(model, task, &self.split.validation)?);
-                    aside += pause.elapsed().as_secs_f64();
-                }
-                Ok(Flow::Continue)
-            },
+            |model, progress| on_step(model, progress).map(|()| Flow::Continue),
         )?;
+        Ok(())
+    }
+
+    /// Trains a model and judges it.
+    fn train(
+        &self,
+        model: &mut Vit,
+        task: Task,
+        how: (f64, usize, u64),
+        on_step: &mut dyn FnMut(u64),
+    ) -> Result<Run> {
+        let (mut losses, mut validation) = (vec![], vec![]);
+        let start = Instant::now();
+        let mut aside = 0.0;
+        self.fit(model, task, how, &mut |model, progress| {
+            losses.push(progress.loss);
+            on_step(1);
+            if progress.epoch_ends {
+                let pause = Instant::now();
+                validation.push(self.accuracy(model, task, &self.split.validation)?);
+                aside += pause.elapsed().as_secs_f64();
+            }
+            Ok(())
+        })?;
         let seconds = start.elapsed().as_secs_f64() - aside;
         Ok(Run { losses, validation, test: self.accuracy(model, task, &self.split.test)?, seconds })
     }
@@ -211,7 +239,7 @@ impl Experiment {
     }
 
     /// The base with these parameters, in the order of a visit.
-    fn load(&self, parameters: &[f32]) -> Result<Vit> {
+    pub(super) fn load(&self, parameters: &[f32]) -> Result<Vit> {
         let mut model = self.model()?;
         let mut rest = parameters;
         let mut state = model.state();
@@ -227,7 +255,7 @@ impl Experiment {
     }
 
     /// The base made ready for one training: what is frozen is frozen, adapters are attached.
-    fn prepared(&self, base: &[f32], method: &Method, seed: u64) -> Result<Vit> {
+    fn prepared(&self, base: &[f32], vectors: &[TaskVector], method: &Method, seed: u64) -> Result<Vit> {
         let mut model = self.load(base)?;
         if method.name == "probe" {
             model.visit_mut("", &mut |name, item| {
@@ -244,19 +272,12 @@ impl Experiment {
             steps: Some(self.steps() as usize),
             ..Settings::default()
         };
-        let adapter = match method.name.strip_prefix("randlora") {
+        let adapter: Box<dyn adapters::Method> = match method.name.strip_prefix("randlora") {
             Some(variant) => Box::new(randlora(variant, method, seed)),
+            None if method.name == ATLAS => Box::new(Atlas { vectors: vectors.to_vec() }),
             None => adapters::by_name(method.name, &settings)?,
         };
-        let targets = Targets::names(&[
-            "query",
-            "key",
-            "value",
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        ]);
-        adapters::attach(&mut model, &*adapter, &targets, &[HEAD])?;
+        adapters::attach(&mut model, &*adapter, &Targets::names(&TARGETS), &[HEAD])?;
         Ok(model)
     }
 
@@ -268,8 +289,9 @@ impl Experiment {
         learning_rates: &[f64],
         on_step: &mut dyn FnMut(u64),
     ) -> Result<Outcome> {
+        let vectors = if method.name == ATLAS { self.task_vectors(base, on_step)? } else { vec![] };
         let run = |learning_rate, seed, on_step: &mut dyn FnMut(u64)| -> Result<(Vit, Run)> {
-            let mut model = self.prepared(base, method, seed)?;
+            let mut model = self.prepared(base, &vectors, method, seed)?;
             let run =
                 self.train(&mut model, Task::MirroredNegative, (learning_rate, EPOCHS, seed), on_step)?;
             Ok((model, run))

@@ -14,6 +14,7 @@
 mod experiment;
 mod plot;
 mod report;
+mod vectors;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -27,7 +28,7 @@ use super::Failure;
 use super::numbers::rate;
 use super::output::{peak_memory, say};
 use super::progress::Progress;
-use experiment::{DEFAULT, Experiment, METHODS, Method, SEEDS, numbers};
+use experiment::{ATLAS, DEFAULT, Experiment, METHODS, Method, SEEDS, numbers};
 
 /// Adapt a small vision transformer to a shifted task by a probe, LoRA, RandLoRA and full
 /// fine-tuning: a table, pictures of the curves, all numbers as JSON.
@@ -40,7 +41,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR", default_value = "demo-out")]
     out: PathBuf,
     /// The methods to show, with commas between: those of `finetune`, where `probe` trains the classifier
-    /// alone. More of them take longer.
+    /// alone. More of them take longer. atlas combines two models that it makes first, which were fine-tuned on
+    /// digits that are mirrored alone and negatives alone.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_values = DEFAULT)]
     methods: Vec<String>,
     /// The learning rates to choose from, with commas between, instead of each method's own.
@@ -64,7 +66,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let start = Instant::now();
     let experiment = Experiment::new();
     let runs: usize = methods.iter().map(|m| m.rates(&args.lr).len() + SEEDS.len()).sum();
-    let progress = Progress::new(experiment.base_steps() + runs as u64 * experiment.steps());
+    let vectors = if methods.iter().any(|m| m.name == ATLAS) { experiment.vector_steps() } else { 0 };
+    let progress = Progress::new(experiment.base_steps() + vectors + runs as u64 * experiment.steps());
 
     progress.stage("training the base from scratch on upright digits");
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use randlora::io::write_whole;
 use serde_json::{Value, json};
 
-use super::experiment::Outcome;
+use super::experiment::{ATLAS, Outcome};
 use crate::cli::Failure;
 use crate::cli::numbers::{mean, spread};
 
@@ -103,6 +103,13 @@ pub(super) fn table(results: &Value) -> Result<String, Failure> {
         text,
         "peak: resident memory of the method's own process; the classifier is trained by every method"
     )?;
+    let methods = results["methods"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if methods.iter().any(|method| method["method"] == ATLAS) {
+        writeln!(
+            text,
+            "{ATLAS}: sums of two models that were fine-tuned on mirrored digits and on negatives; its seconds are without theirs"
+        )?;
+    }
     writeln!(text, "{:.0} s in all", results["seconds"].as_f64().unwrap_or(f64::NAN))?;
     Ok(text)
 }

@@ -12,6 +12,7 @@ use crate::cli::method::{BasesName, MethodName, Scale, Settings};
 use crate::cli::model::ModelArgs;
 use crate::cli::targets;
 use crate::cli::task::Kind;
+use crate::cli::task_vectors::{self, Folders};
 
 /// Fine-tune a Hugging Face BERT on a file of examples.
 #[derive(Debug, clap::Args)]
@@ -20,6 +21,8 @@ use crate::cli::task::Kind;
   randlora finetune --model all-MiniLM-L6-v2 --train stsb/train.csv --eval stsb/dev.csv --task regress \\
       --text 1 --pair 2 --label 3 --no-header --out stsb
   randlora finetune --model all-MiniLM-L6-v2 --train train.jsonl --method lora --rank 8 --targets all-linear --out lora
+  randlora finetune --model all-MiniLM-L6-v2 --train train.tsv --method atlas --task-vectors news/best,mail/best \
+      --out atlas
   randlora finetune --model all-MiniLM-L6-v2 --train more.tsv --adapter sst2/best --lr 1e-4 --out sst2-more
 
 What is written to OUT: best and last (adapters with randlora.json, as PEFT reads them where it has the
@@ -85,6 +88,15 @@ pub(crate) struct Args {
     /// The numbers that a layer trains by --method nola (twice as many), pranc and intrinsic [default: 64, 64, 256].
     #[arg(long, value_name = "K", help_heading = "Adapter", conflicts_with = "adapter", value_parser = at_least(1))]
     coefficients: Option<usize>,
+    #[arg(
+        long,
+        value_name = "DIR,…",
+        value_delimiter = ',',
+        help = task_vectors::HELP,
+        help_heading = "Adapter",
+        conflicts_with = "adapter"
+    )]
+    task_vectors: Vec<PathBuf>,
 
     /// The highest learning rate [default: 1e-3 for RandLoRA, LoRA and its like, 3e-4 for rslora, pissa and
     /// RandLoRA of another scale than auto or that goes on from an adapter, 1e-4 for full, 1e-2 for head and for methods with few numbers].
@@ -136,7 +148,13 @@ impl Args {
     pub(crate) fn settings(&self, examples: usize) -> Settings<'_> {
         let Args { method, rank, bases, dropout, seed, coefficients, .. } = *self;
         let (targets, scale, steps) = (&*self.targets, self.scale(), self.steps(examples));
-        Settings { method, targets, rank, scale, bases, dropout, seed, coefficients, steps }
+        let vectors = self.vectors();
+        Settings { method, targets, rank, scale, bases, dropout, seed, coefficients, steps, vectors }
+    }
+
+    /// Where task vectors come from.
+    pub(crate) fn vectors(&self) -> Folders<'_> {
+        Folders { folders: &self.task_vectors, draw: self.model.draw, access: self.model.access() }
     }
 
     fn scale(&self) -> Scale {

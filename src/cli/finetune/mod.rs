@@ -43,6 +43,7 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 }
 
 fn finetune(args: &Args) -> std::result::Result<(), Failure> {
+    args.vectors().check(args.method)?;
     let checkpoint = args.model.checkpoint()?;
     let config = BertConfig::of(&checkpoint)?;
     let adapter = args.model.open_adapter()?;
@@ -68,7 +69,7 @@ fn finetune(args: &Args) -> std::result::Result<(), Failure> {
         None => {
             let wanted = BertLoad { labels, seed: args.seed };
             let (mut model, loaded) = Bert::load(&checkpoint, wanted, &device)?;
-            args.settings(train.texts.len()).attach(&mut model, &loaded.fresh)?;
+            args.settings(train.texts.len()).attach(&mut model, &loaded.fresh, &checkpoint)?;
             model
         }
     };

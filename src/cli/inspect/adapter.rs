@@ -64,6 +64,10 @@ fn about_own(adapter: &OwnAdapter) -> Result<Value, Failure> {
     for (name, text) in adapter.settings()? {
         value[name] = serde_json::from_str(text).unwrap_or_else(|_| json!(text));
     }
+    let given: usize = adapter.given().map(|(_, sizes)| sizes.iter().product::<usize>()).sum();
+    if given > 0 {
+        value["given_parameters"] = json!(given);
+    }
     Ok(value)
 }
 
@@ -154,13 +158,17 @@ fn layer_of_model(
 pub(super) fn text(value: &Value) -> String {
     let mut about =
         vec![line("method", string(value, "method")), line("base model", string(value, "base_model"))];
-    let settings = ["rank", "first_rank", "heads", "coefficients", "band", "scale", "dropout", "seed"];
+    let settings =
+        ["rank", "first_rank", "heads", "coefficients", "band", "vectors", "scale", "dropout", "seed"];
     let there = settings.into_iter().filter(|name| !value[*name].is_null());
     about.extend(there.map(|name| line(name, value[name].to_string())));
     about.extend(labels_lines(value));
     about.push(line("trained parameters", output::count(number(value, "trained_parameters"))));
     about.push(line("of adapters", output::count(number(value, "adapter_parameters"))));
     about.push(line("of whole modules", output::count(number(value, "whole_parameters"))));
+    if let Some(given) = value["given_parameters"].as_u64() {
+        about.push(line("given, not trained", output::count(given)));
+    }
     if let bases @ Value::Object(_) = &value["bases"] {
         let (a, b) = (shape(bases, "a"), shape(bases, "b"));
         about.push(line("bases", format!("A {a}, B {b}, {}", output::size(number(bases, "bytes")))));

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | a model | `kind` ("model"), `family`, `architecture` (of a BERT: `layers`, `width`, `heads`, `hidden`, `vocab`, `positions`, `segments`, `labels`; else null), `parameters`, `bytes`, `dtypes` {dtype: bytes}, `tensors` [{`name`, `dtype`, `shape`, `bytes`}] |
 //! | a file | `kind` ("safetensors"), `metadata`, `parameters`, `bytes`, `dtypes`, `tensors` |
-//! | an adapter | `kind` ("adapter"), `method`, its settings (as `rank`, `scale`, `dropout`), `base_model`, `trained_parameters` = `adapter_parameters` + `whole_parameters`, `layers` [{`name`, `parameters`, the norms of its parameters by their names, as `lambda` and `gamma` or `a` and `b`}], `whole` [{`name`, `shape`, `parameters`}], `bases` (null where the file holds none) {`a`, `b`: shapes, `bytes`}; with `--model` each layer's `inputs`, `outputs`, `delta` = ‖ΔW‖ and `relative` = ‖ΔW‖/‖W‖ (null where the update depends on the input); with `--spectrum` also `singular_values` of ΔW, largest first, `update_rank` = how many are above max(in, out)·2⁻²³ of the largest, and `effective_rank` = e^H, H the entropy of their shares |
+//! | an adapter | `kind` ("adapter"), `method`, its settings (as `rank`, `scale`, `dropout`), `base_model`, of atlas `given_parameters` (how many numbers its task vectors have), `trained_parameters` = `adapter_parameters` + `whole_parameters`, `layers` [{`name`, `parameters`, the norms of its parameters by their names, as `lambda` and `gamma` or `a` and `b`}], `whole` [{`name`, `shape`, `parameters`}], `bases` (null where the file holds none) {`a`, `b`: shapes, `bytes`}; with `--model` each layer's `inputs`, `outputs`, `delta` = ‖ΔW‖ and `relative` = ‖ΔW‖/‖W‖ (null where the update depends on the input); with `--spectrum` also `singular_values` of ΔW, largest first, `update_rank` = how many are above max(in, out)·2⁻²³ of the largest, and `effective_rank` = e^H, H the entropy of their shares |
 //! | a plan | `kind` ("plan"), `method`, `rank` (null for methods without one), `labels`, `batch_size`, `length`, `parameters`, `trained_parameters`, `adapter_parameters`, `classifier_parameters`, `layers` [{`name`, `inputs`, `outputs`, `parameters`}], `frozen_bytes`, `bases_bytes`, `trained_bytes`, `gradient_bytes`, `moment_bytes`, `training_peak_bytes` |
 //!
 //! A model or an adapter with a randlora.json beside it has its `task` and `labels` as `task` and
@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::method::{BasesName, MethodName};
-use super::model::PeftDraw;
-use super::{Failure, output, targets};
+use super::model::{PeftDraw, is_adapter};
+use super::{Failure, output, targets, task_vectors};
 
 /// Show what is in a model folder, a safetensors file or an adapter folder; with --method, what
 /// training a model would take.
@@ -65,6 +65,8 @@ pub(crate) struct Args {
     /// RandLoRA's random bases [default: uniform].
     #[arg(long, value_name = "NAME", value_enum, requires = "method")]
     bases: Option<BasesName>,
+    #[arg(long, value_name = "DIR,…", value_delimiter = ',', requires = "method", help = task_vectors::HELP)]
+    task_vectors: Vec<PathBuf>,
     #[arg(long, requires = "method", default_value = targets::DEFAULT, help = targets::HELP)]
     targets: String,
     /// The outputs of the classifier [default: those of the model's classifier, or 2].
@@ -84,8 +86,7 @@ pub(crate) struct Args {
 /// Shows what PATH is.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let path = &args.path;
-    let is_adapter =
-        ["adapter_config.json", "compact.safetensors"].iter().any(|name| path.join(name).is_file());
+    let is_adapter = is_adapter(path);
     let fail = |message: &str| Err::<(), Failure>(format!("{}: {message}", path.display()).into());
     if !path.exists() {
         return fail("there is no such file or folder");

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{Args, head, line, list, number, string};
 use crate::cli::method::{CLASSIFIER, MethodName, Scale, Settings};
 use crate::cli::progress::Progress;
+use crate::cli::task_vectors::Folders;
 use crate::cli::{Failure, made_up, output};
 
 const STEPS: u64 = 2;
@@ -22,7 +23,7 @@ const STEPS: u64 = 2;
 pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure> {
     let device = Device::cpu();
     let rank = args.rank.map(|rank| rank as usize).or(method.default_rank());
-    let Args { targets, bases, .. } = args;
+    let Args { targets, bases, task_vectors, draw, .. } = args;
     let settings = Settings {
         method,
         targets,
@@ -34,6 +35,7 @@ pub(super) fn describe(args: &Args, method: MethodName) -> Result<Value, Failure
         coefficients: args.coefficients.map(|count| count as usize),
         // How many there will be changes nothing of the first two.
         steps: 1000,
+        vectors: Folders { folders: task_vectors, draw: *draw, access: Access::Map },
     };
     let labels = args.labels.map(|labels| labels as usize);
     // Not mapped: what the device counts is then all that there is.

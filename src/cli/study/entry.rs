@@ -13,6 +13,11 @@ use randlora::{Device, Result};
 use crate::cli::method::{BasesName, MethodName, Scale};
 use crate::cli::targets;
 
+/// The methods of a study: all but aTLAS, which combines models that a study does not have.
+pub(super) fn methods() -> impl Iterator<Item = MethodName> {
+    MethodName::value_variants().iter().copied().filter(|method| *method != MethodName::Atlas)
+}
+
 /// A method; for RandLoRA also its bases and its scale, as in `randlora:block@peft`.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
@@ -28,10 +33,10 @@ impl FromStr for Entry {
     fn from_str(text: &str) -> std::result::Result<Entry, String> {
         let (rest, scale) = text.split_once('@').map_or((text, None), |(rest, scale)| (rest, Some(scale)));
         let (name, bases) = rest.split_once(':').map_or((rest, None), |(name, bases)| (name, Some(bases)));
-        let method = MethodName::from_str(name, false).map_err(|_| {
-            let names: Vec<&str> = MethodName::value_variants().iter().map(|method| method.name()).collect();
-            format!("there is no method `{name}` among: {}", names.join(", "))
-        })?;
+        let Some(method) = methods().find(|method| method.name() == name) else {
+            let names: Vec<&str> = methods().map(MethodName::name).collect();
+            return Err(format!("there is no method `{name}` among: {}", names.join(", ")));
+        };
         if let Some(scale) = scale {
             scale.parse::<Scale>()?;
         }

@@ -17,11 +17,9 @@ mod training;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
-use clap::ValueEnum;
 use serde_json::Value;
 
 use super::Failure;
-use super::method::MethodName;
 use super::numbers::rate;
 use super::output::say;
 use super::targets;
@@ -55,7 +53,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// The methods of `finetune`, with commas between; RandLoRA with its bases and scale, as in
-    /// `randlora:block@peft` [default: all].
+    /// `randlora:block@peft`. atlas, which needs task vectors, is none of them [default: all].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     methods: Vec<Entry>,
     #[arg(long, default_value = targets::DEFAULT, help = targets::HELP)]
@@ -126,7 +124,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let most = args.max_train.map(|rows| rows as usize);
     let prepare = |task: &TaskSpec| task.prepare(&data, args.held_out as usize, most);
     let tasks = args.task.iter().map(prepare).collect::<randlora::Result<Vec<Task>>>()?;
-    let all = || MethodName::value_variants().iter().map(|method| method.name().parse());
+    let all = || entry::methods().map(|method| method.name().parse());
     let entries = match args.methods.is_empty() {
         true => all().collect::<Result<Vec<Entry>, String>>()?,
         false => args.methods.clone(),
