@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use randlora::adapters::{Targets, TaskVector, task_vector};
 use randlora::analysis::norm;
-use randlora::io::{Access, Checkpoint};
+use randlora::io::{Access, Adapter, Checkpoint};
 use randlora::models::{Bert, BertLoad};
 use randlora::nn::Module;
 use randlora::{Device, Error, Result};
 
 use super::method::MethodName;
 use super::model::{PeftDraw, is_adapter, with_adapters};
+use super::several::base_name;
 use super::table::wrong;
 
 /// What an option for them says of itself.
@@ -82,6 +83,7 @@ impl Folders<'_> {
     /// The base with an adapter.
     fn adapted(&self, folder: &Path, base: &Checkpoint, device: &Device) -> Result<Bert> {
         let (name, adapter) = ("task", self.draw.open(folder)?);
+        note_model(folder, &adapter, base);
         let added = with_adapters(base, &[(name, &adapter)], device);
         let (mut model, _) = added.map_err(|error| match error {
             Error::NoMatch { wanted, .. } => {
@@ -104,6 +106,18 @@ impl Folders<'_> {
             Some(name) => Err(misfit(folder, &format!("there is no tensor `{name}`"), base)),
             None => Ok(model),
         }
+    }
+}
+
+/// Says where an adapter names another model: it shows in nothing else if the sizes are the same.
+fn note_model(folder: &Path, adapter: &Adapter, base: &Checkpoint) {
+    // The folder's own name, also of `.`.
+    let path = base.folder().canonicalize().unwrap_or_default();
+    if let (Some(own), Some(other)) = (path.file_name(), base_name(adapter))
+        && own != other
+    {
+        let (folder, base) = (folder.display(), base.folder().display());
+        eprintln!("note: {folder} was made for {other}: is it the same model as {base}?");
     }
 }
 
