@@ -266,13 +266,14 @@ impl Settings<'_> {
     /// An error for a setting that the method does not have, as far as that shows without the model.
     pub(crate) fn check(&self) -> Result<()> {
         self.vectors.check(self.method)?;
-        let only_trains = [MethodName::Atlas, MethodName::Full, MethodName::Head].contains(&self.method);
+        // The settings of methods that have a name in the library are checked there.
+        let atlas = self.method == MethodName::Atlas;
         let lacks = [
             ("bases", self.bases.is_some() && self.method != MethodName::Randlora),
-            ("rank", self.rank.is_some() && only_trains),
-            ("scale", self.scale != Scale::Auto && only_trains),
-            ("dropout", self.dropout != 0.0 && only_trains),
-            ("coefficients", self.coefficients.is_some() && only_trains),
+            ("rank", self.rank.is_some() && atlas),
+            ("scale", self.scale != Scale::Auto && atlas),
+            ("dropout", self.dropout != 0.0 && atlas),
+            ("coefficients", self.coefficients.is_some() && atlas),
         ];
         match lacks.into_iter().find(|(_, lacks)| *lacks) {
             Some((what, _)) => {

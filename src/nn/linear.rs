@@ -62,7 +62,7 @@ pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
         None
     }
 
-    /// Tensors (out, in each) that are not trained and follow from neither the settings nor the layer: a file
+    /// Matrices (out, in) that are not trained and follow from neither the settings nor the layer: a file
     /// has to keep them as they are.
     fn given(&self) -> &[Tensor] {
         &[]

@@ -85,7 +85,6 @@ fn plans_and_settings_that_a_method_lacks() {
         let error = error(&["--method", method, "--alpha", "8"]);
         assert!(error.contains(&format!("--alpha: {method} has no alpha: leave it out")), "{error}");
     }
-    assert!(error(&["--method", "full", "--rank", "3"]).contains("rank: full has none"));
     assert!(error(&["--method", "lora", "--bases", "block"]).contains("bases: lora has none: leave it out"));
     let plan = failure(&["inspect", &model, "--method", "lora", "--bases", "block"]);
     assert!(plan.contains("bases: lora has none"), "{plan}");
