@@ -5,8 +5,8 @@
 //! "anisotropic" scaling gives each block of parameters its own, here each adapted weight. λ starts at 0, so
 //! that ΔW = 0: n numbers a layer for n task vectors. Biases and normalisations keep the base's values.
 //!
-//! The caller's τᵢ (out×in) are used where they lie. Σᵢ λᵢ·τᵢ is formed (out×in) in each pass, as is its
-//! gradient: one product with the input instead of n.
+//! The τᵢ (out×in) are the caller's, not copies, where they have the layer's type and device. Σᵢ λᵢ·τᵢ is formed
+//! (out×in) in each pass, as is its gradient: one product with the input instead of n.
 
 use std::collections::BTreeMap;
 
@@ -16,15 +16,17 @@ use crate::error::{Error, Result};
 use crate::nn::{Context, Linear, LinearAdapter, Module, Parameter, Recipe};
 use crate::tensor::Tensor;
 
-/// The weights' differences of one task by the names of their layers.
+/// The weights' differences of one task, matrices (out, in), by the names of their layers.
 pub type TaskVector = BTreeMap<String, Tensor>;
 
 /// What the fine-tuned model's linear layers that `targets` means have more than the base's: each a matrix
-/// (out, in). What an adapter adds to the weight counts too.
+/// (out, in), in f64 where either weight is, else in f32. What adapters of either add to its weight counts too.
+/// Empty where `targets` means no layer of the base.
 ///
 /// # Errors
 /// [`Error::NoMatch`] where the fine-tuned model lacks a layer, [`Error::Shape`] where one is of another
-/// size, and those of [`LinearAdapter::delta`].
+/// size, [`Error::Config`] where the models are on two devices, [`Error::DType`] for f64 on a device without it,
+/// [`Error::OutOfMemory`] and [`Error::OpenCl`], and those of [`LinearAdapter::delta`].
 pub fn task_vector<M: Module + ?Sized>(base: &M, tuned: &M, targets: &Targets) -> Result<TaskVector> {
     let tuned: BTreeMap<String, _> = tuned.linears().into_iter().collect();
     let mut vector = BTreeMap::new();
@@ -44,10 +46,16 @@ pub fn task_vector<M: Module + ?Sized>(base: &M, tuned: &M, targets: &Targets) -
 }
 
 fn difference(base: &Linear, tuned: &Linear) -> Result<Tensor> {
-    let wide = |x: &Tensor| if x.dtype().is_compute() { Ok(x.detach()) } else { x.to_dtype(DType::F32) };
-    let difference = wide(tuned.weight().value())?.sub(&wide(base.weight().value())?)?;
-    match tuned.delta()? {
-        Some(delta) => difference.add(&delta.detach().to_dtype(difference.dtype())?),
+    let weights = [tuned, base].map(|layer| layer.weight().value().detach());
+    let dtype = if weights.iter().any(|x| x.dtype() == DType::F64) { DType::F64 } else { DType::F32 };
+    let [to, from] = [&weights[0], &weights[1]].map(|x| x.to_dtype(dtype));
+    let mut difference = to?.sub(&from?)?;
+    // After the weights: where they are the same, what is left is what the adapter adds, to the bit.
+    if let Some(delta) = tuned.delta()? {
+        difference = difference.add(&delta.detach().to_dtype(dtype)?)?;
+    }
+    match base.delta()? {
+        Some(delta) => difference.sub(&delta.detach().to_dtype(dtype)?),
         None => Ok(difference),
     }
 }
@@ -71,18 +79,6 @@ fn difference(base: &Linear, tuned: &Linear) -> Result<Tensor> {
 pub struct Atlas {
     /// One for each task.
     pub vectors: Vec<TaskVector>,
-}
-
-impl Atlas {
-    /// What the adapters call the task vector at this place.
-    fn part(place: usize) -> String {
-        format!("tau.{place}")
-    }
-
-    /// With so many task vectors, each of which comes from its name among [`LinearAdapter::given`].
-    pub(super) fn of_parts(count: usize, given: impl Fn(&str) -> Result<TaskVector>) -> Result<Atlas> {
-        Ok(Atlas { vectors: (0..count).map(|place| given(&Atlas::part(place))).collect::<Result<_>>()? })
-    }
 }
 
 impl Method for Atlas {
@@ -164,10 +160,10 @@ impl LinearAdapter for AtlasAdapter {
     }
 
     fn recipe(&self) -> Option<Recipe> {
-        Some(Recipe::from([("vectors", self.vectors.len().to_string())]))
+        Some(Recipe::new())
     }
 
-    fn given(&self) -> Vec<(String, &Tensor)> {
-        self.vectors.iter().enumerate().map(|(i, tau)| (Atlas::part(i), tau)).collect()
+    fn given(&self) -> &[Tensor] {
+        &self.vectors
     }
 }

@@ -1,13 +1,11 @@
 //! Methods as a file keeps them: settings by their names, as texts, from which the very same are made again.
 
-use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use crate::adapters::{
-    AdaLora, Atlas, Dora, HydraLora, Intrinsic, LoraXs, Method, Nola, Pissa, Pranc, Svft, Vera,
+    AdaLora, Atlas, Dora, HydraLora, Intrinsic, LoraXs, Method, Nola, Pissa, Pranc, Svft, TaskVector, Vera,
 };
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
 
 /// The settings of these names as texts. Numbers are written so that reading gives the same bits.
 macro_rules! recipe {
@@ -18,16 +16,16 @@ macro_rules! recipe {
 pub(super) use recipe;
 
 /// A method from what [`LinearAdapter::recipe`](crate::nn::LinearAdapter::recipe) says of one of its
-/// adapters; `get` gives the text of a name, and `given` what the adapters of the layers were
-/// [given](crate::nn::LinearAdapter::given) under a name, by the layers' names.
+/// adapters; `get` gives the text of a name. `vectors`, matrices (out, in) by the layers' names, are what aTLAS's
+/// adapters were [given](crate::nn::LinearAdapter::given); other methods take none.
 ///
 /// # Errors
 /// [`Error::NoMatch`] for a method that has no recipe; [`Error::Config`] where a setting is missing or no
-/// number; and those of `given`.
+/// number.
 pub fn by_recipe<'a>(
     name: &str,
     get: impl Fn(&str) -> Option<&'a str>,
-    given: impl Fn(&str) -> Result<BTreeMap<String, Tensor>>,
+    vectors: Vec<TaskVector>,
 ) -> Result<Box<dyn Method>> {
     /// The struct with its fields read by their names.
     macro_rules! read {
@@ -49,7 +47,7 @@ pub fn by_recipe<'a>(
         "nola" => read!(Nola: rank, coefficients, scale, dropout, seed),
         "pranc" => read!(Pranc: coefficients, scale, dropout, seed),
         "intrinsic" => read!(Intrinsic: coefficients, seed),
-        "atlas" => Box::new(Atlas::of_parts(number("vectors", &get)?, given)?),
+        "atlas" => Box::new(Atlas { vectors }),
         _ => {
             let known = [
                 "dora",

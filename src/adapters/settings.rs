@@ -60,16 +60,13 @@ pub fn default_rank(name: &str) -> Option<usize> {
 }
 
 impl Settings {
-    /// Whether the method of this name has all settings that are given.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for one that it does not have.
-    pub fn check(&self, name: &str) -> Result<()> {
+    /// An error for a setting that the method, one of [`METHODS`], does not have.
+    fn check(&self, name: &str) -> Result<()> {
         let without = |what, given: bool, methods: &[&str]| match given && methods.contains(&name) {
             true => Err(Error::config(what, format!("{name} has none: leave it out"))),
             false => Ok(()),
         };
-        let whole = ["bitfit", "full", "atlas"];
+        let whole = ["bitfit", "full"];
         let ranked = ["svft", "pranc", "intrinsic"];
         without("rank", self.rank.is_some(), &[&whole[..], &ranked].concat())?;
         without("scale", self.scale.is_some(), &[&whole[..], &["vera", "svft", "intrinsic"]].concat())?;

@@ -220,7 +220,7 @@ impl Settings<'_> {
     /// another random one there tomorrow. RandLoRA's bases are paired as in PEFT, so that the adapter can
     /// be saved for it. The model is that of `from`.
     pub(crate) fn attach(&self, model: &mut Bert, fresh: &[String], from: &Checkpoint) -> Result<Attached> {
-        self.vectors.check(self.method)?;
+        self.check()?;
         let Settings { dropout, seed, .. } = *self;
         let rank = self.rank.or(self.method.default_rank()).unwrap_or(0);
         let modules = fresh.iter().filter_map(|name| Some(name.rsplit_once('.')?.0));
@@ -253,7 +253,6 @@ impl Settings<'_> {
                 })
             }
             MethodName::Atlas => {
-                self.of_other()?.check("atlas")?;
                 let targets = targets()?;
                 let adapted = |name: &&String| targets.matches(name) && !whole.contains(&name.as_str());
                 let adapted = Targets::Names(layers.iter().filter(adapted).cloned().collect());
@@ -262,6 +261,26 @@ impl Settings<'_> {
             other => adapters::by_name(other.name(), &self.of_other()?)?,
         };
         adapters::attach(model, &*method, &targets()?, &whole)
+    }
+
+    /// An error for a setting that the method does not have, as far as that shows without the model.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.vectors.check(self.method)?;
+        // The settings of methods that have a name in the library are checked there.
+        let atlas = self.method == MethodName::Atlas;
+        let lacks = [
+            ("bases", self.bases.is_some() && self.method != MethodName::Randlora),
+            ("rank", self.rank.is_some() && atlas),
+            ("scale", self.scale != Scale::Auto && atlas),
+            ("dropout", self.dropout != 0.0 && atlas),
+            ("coefficients", self.coefficients.is_some() && atlas),
+        ];
+        match lacks.into_iter().find(|(_, lacks)| *lacks) {
+            Some((what, _)) => {
+                Err(Error::Config { what, message: format!("{} has none: leave it out", self.method.name()) })
+            }
+            None => Ok(()),
+        }
     }
 
     /// For another method than RandLoRA.

@@ -164,13 +164,15 @@ fn same_tasks(folders: &[&Path]) -> Result<()> {
     }
 }
 
+/// The last part of the model's name or folder that an adapter was made for.
+pub(crate) fn base_name(adapter: &Adapter) -> Option<&str> {
+    let name = adapter.base_model()?.trim_end_matches(['/', '\\']);
+    name.rsplit(['/', '\\']).next().filter(|name| !name.is_empty())
+}
+
 /// Says where adapters name different models: it shows in nothing else if the sizes are the same.
 pub(crate) fn note_models(opened: &Opened) {
-    let model = |adapter: &Adapter| {
-        let name = adapter.base_model()?.trim_end_matches(['/', '\\']);
-        name.rsplit(['/', '\\']).next().filter(|name| !name.is_empty()).map(String::from)
-    };
-    let mut named = opened.iter().filter_map(|(name, adapter)| Some((name, model(adapter)?)));
+    let mut named = opened.iter().filter_map(|(name, adapter)| Some((name, base_name(adapter)?)));
     let Some((first, one)) = named.next() else { return };
     if let Some((name, other)) = named.find(|(_, other)| *other != one) {
         eprintln!("note: `{first}` was made for {one} and `{name}` for {other}: is it the same model?");

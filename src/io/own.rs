@@ -16,16 +16,17 @@
 //! adapter's. What is not trained, random matrices and the singular vectors of the model's weights, is made
 //! again from the settings and the model: the folder is small, and goes with that very model.
 //!
-//! Only what aTLAS combines follows from neither. Its task vectors are a third file, adapter_given.safetensors, by
-//! the names `<layer>.atlas.tau.<place>`: as many numbers as the adapted weights have, for each task.
+//! Only what aTLAS combines follows from neither. Its task vectors lie beside what is trained, by the names
+//! `<layer>.atlas.tau.<place>`: as many numbers as the adapted weights have, for each task. How many tasks there
+//! are, these names say.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
 use serde_json::json;
 
-use crate::adapters::{Attached, Method, Targets, attach, by_recipe};
+use crate::adapters::{Attached, Method, Targets, TaskVector, attach, by_recipe};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -39,7 +40,8 @@ use crate::tensor::Tensor;
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-const GIVEN: &str = "adapter_given.safetensors";
+/// What the names of task vectors have before their place.
+const TAU: &str = "tau.";
 pub(super) const KIND: &str = "RANDLORA_RS";
 
 /// An open adapter folder of this crate's own form.
@@ -50,15 +52,15 @@ pub struct OwnAdapter {
     layers: Vec<String>,
     modules: Vec<String>,
     file: SafeTensors,
-    /// What is not trained, where the adapter was given such.
-    given: Option<SafeTensors>,
+    /// How many task vectors each layer has.
+    tasks: usize,
 }
 
 impl OwnAdapter {
     /// Opens a folder.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Data`] that name the file.
+    /// [`Error::Io`] or [`Error::Data`] that name the file, also for aTLAS without a layer's task vector.
     pub fn open(folder: &Path) -> Result<OwnAdapter> {
         let config = Object::read(&folder.join(CONFIG))?;
         match config.text("peft_type")? {
@@ -74,11 +76,10 @@ impl OwnAdapter {
         }
         let method = config.needed("method", config.text("method")?)?.to_string();
         let file = SafeTensors::open(&folder.join(TENSORS), Access::Read)?;
-        let given = folder.join(GIVEN);
-        let given = given.is_file().then(|| SafeTensors::open(&given, Access::Read)).transpose()?;
-        let adapter = OwnAdapter { method, layers, modules, file, given, config };
+        let mut adapter = OwnAdapter { method, layers, modules, file, tasks: 0, config };
         // What cannot be read is better known now than when a model is there.
-        adapter.recipe(|name| adapter.check_given(name))?;
+        adapter.recipe(vec![])?;
+        adapter.tasks = adapter.count_tasks()?;
         Ok(adapter)
     }
 
@@ -113,28 +114,31 @@ impl OwnAdapter {
 
     /// The parameters of the adapted layers, with their sizes.
     pub fn adapted(&self) -> impl Iterator<Item = (&str, &[usize])> {
-        self.tensors().filter(|(name, _)| self.layer_of(name).is_some())
+        self.tensors().filter(|(name, _)| self.of_layer(name).is_some_and(|part| !part.starts_with(TAU)))
     }
 
     /// The parameters that the file holds whole, a new classifier's say, with their sizes.
     pub fn whole(&self) -> impl Iterator<Item = (&str, &[usize])> {
-        self.tensors().filter(|(name, _)| self.layer_of(name).is_none())
+        self.tensors().filter(|(name, _)| self.of_layer(name).is_none())
+    }
+
+    /// The tensors of the adapted layers that are not trained, with their sizes (out, in): aTLAS's task vectors.
+    pub fn given(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.tensors().filter(|(name, _)| self.of_layer(name).is_some_and(|part| part.starts_with(TAU)))
+    }
+
+    /// How many task vectors each layer has; 0 for other methods than aTLAS.
+    pub fn tasks(&self) -> usize {
+        self.tasks
     }
 
     fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.file.entries().map(|(name, entry)| (name, &entry.dims[..]))
     }
 
-    /// The layer whose adapter a parameter belongs to.
-    fn layer_of(&self, parameter: &str) -> Option<&String> {
-        let (rest, _) = parameter.rsplit_once('.')?;
-        let layer = rest.strip_suffix(self.method.as_str())?.strip_suffix('.')?;
-        self.layers.iter().find(|name| *name == layer)
-    }
-
-    /// The tensors of the adapted layers that are not trained, with their sizes: aTLAS's task vectors.
-    pub fn given(&self) -> impl Iterator<Item = (&str, &[usize])> {
-        self.given.iter().flat_map(SafeTensors::entries).map(|(name, entry)| (name, &entry.dims[..]))
+    /// The last part of the name of what an adapted layer has.
+    fn of_layer<'a>(&self, name: &'a str) -> Option<&'a str> {
+        self.layers.iter().find_map(|layer| name.strip_prefix(&path(layer, &self.method)))
     }
 
     /// A parameter as it is stored.
@@ -150,52 +154,52 @@ impl OwnAdapter {
         Error::data(self.file.what(), message)
     }
 
-    fn recipe(&self, given: impl Fn(&str) -> Result<BTreeMap<String, Tensor>>) -> Result<Box<dyn Method>> {
+    fn recipe(&self, vectors: Vec<TaskVector>) -> Result<Box<dyn Method>> {
         let settings = self.settings()?;
         let get = |name: &str| settings.iter().find(|(key, _)| *key == name).map(|(_, text)| *text);
-        by_recipe(&self.method, get, given).map_err(|error| match error {
-            Error::Config { .. } | Error::NoMatch { .. } => self.config.error(error.to_string()),
-            of_tensors => of_tensors,
-        })
+        by_recipe(&self.method, get, vectors).map_err(|error| self.config.error(error.to_string()))
     }
 
-    /// The file with what every layer was given, and the names of this in it.
-    fn place_of(&self, name: &str) -> Result<(&SafeTensors, impl Iterator<Item = (&String, String)>)> {
-        let Some(file) = &self.given else {
-            return Err(self
-                .config
-                .error(format!("{} needs {GIVEN} beside it, which is missing", self.method)));
-        };
-        let layers = self.layers.iter();
-        Ok((file, layers.map(move |layer| (layer, given_name(layer, &self.method, name)))))
-    }
-
-    /// An error where a layer was not given this; no tensor is read.
-    fn check_given(&self, name: &str) -> Result<BTreeMap<String, Tensor>> {
-        let (file, mut names) = self.place_of(name)?;
-        match names.find(|(_, name)| file.entry(name).is_none()) {
-            Some((_, name)) => Err(Error::data(file.what(), format!("there is no tensor `{name}`"))),
-            None => Ok(BTreeMap::new()),
+    /// How many task vectors each layer has, by the file.
+    fn count_tasks(&self) -> Result<usize> {
+        if self.method != "atlas" {
+            return Ok(0);
+        }
+        let has = |layer: &str, place| self.file.entry(&tau(layer, &self.method, place)).is_some();
+        let of = |layer: &String| (0..).take_while(|place| has(layer, *place)).count();
+        let tasks = self.layers.iter().map(of).max().unwrap_or(0);
+        match self.layers.iter().map(|layer| (layer, of(layer))).find(|(_, own)| *own < tasks.max(1)) {
+            Some((layer, own)) => Err(self.error(format!(
+                "there is no `{}`, a task vector that the adapter combines: train it again",
+                tau(layer, &self.method, own)
+            ))),
+            None => Ok(tasks),
         }
     }
 
-    /// What the layers were given under this name.
-    fn read_given(&self, name: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-        let (file, names) = self.place_of(name)?;
-        names.map(|(layer, name)| Ok((layer.clone(), file.tensor(&name, device)?))).collect()
+    fn read_vectors(&self, device: &Device) -> Result<Vec<TaskVector>> {
+        let one = |layer: &String, place| {
+            Ok((layer.clone(), self.file.tensor(&tau(layer, &self.method, place), device)?))
+        };
+        (0..self.tasks).map(|place| self.layers.iter().map(|layer| one(layer, place)).collect()).collect()
     }
 
     /// Attaches the adapter to a model, whose other parameters are frozen.
     ///
     /// # Errors
     /// [`Error::NoMatch`] where the model lacks a layer or parameter, [`Error::Data`] where a tensor is
-    /// missing, has another shape than the model needs, or is no part of it; and as [`attach`], whose
-    /// [`Error::Shape`] is for a task vector that is not of the layer's size.
+    /// missing, has another shape than the model needs, or is no part of it; and as [`attach`].
     pub fn attach<M: Module + ?Sized>(&self, model: &mut M) -> Result<Attached> {
         let modules: Vec<&str> = self.modules.iter().map(String::as_str).collect();
         let device = model.parameters().first().map_or_else(Device::cpu, |(_, p)| p.value().device().clone());
-        let method = self.recipe(|name| self.read_given(name, &device))?;
-        let attached = attach(model, &*method, &Targets::Names(self.layers.clone()), &modules)?;
+        let method = self.recipe(self.read_vectors(&device)?)?;
+        let attached = attach(model, &*method, &Targets::Names(self.layers.clone()), &modules);
+        let attached = attached.map_err(|error| match error {
+            Error::Shape { message, .. } => {
+                self.error(format!("{message}: attach it to the model that it was trained on"))
+            }
+            other => other,
+        })?;
         let mut trained = BTreeSet::new();
         model.try_visit_mut(&mut |name, item| match item {
             ItemMut::Parameter(parameter) if parameter.is_trainable() => {
@@ -212,13 +216,11 @@ impl OwnAdapter {
             }
             _ => Ok(()),
         })?;
-        if let Some((name, _)) = self.tensors().find(|(name, _)| !trained.contains(*name)) {
-            return Err(self.error(format!("`{name}` is no part of what is trained in this model")));
-        }
-        let given: BTreeSet<String> = given_to(model).into_iter().map(|(name, _)| name).collect();
-        match self.given.as_ref().zip(self.given().find(|(name, _)| !given.contains(*name))) {
-            Some((file, (name, _))) => {
-                Err(Error::data(file.what(), format!("`{name}` is no part of this adapter")))
+        let given = given_to(model);
+        let known = |name: &str| trained.contains(name) || given.iter().any(|(given, _)| given == name);
+        match self.tensors().find(|(name, _)| !known(name)) {
+            Some((name, _)) => {
+                Err(self.error(format!("`{name}` is no part of what is trained in this model")))
             }
             None => Ok(attached),
         }
@@ -233,15 +235,15 @@ impl OwnAdapter {
 pub fn save_own<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -> Result<()> {
     let (method, recipe, layers) = describe(model)?;
     let parameters = model.parameters();
-    let trained: Vec<(String, Tensor)> = parameters
+    let mut tensors: Vec<(String, Tensor)> = parameters
         .into_iter()
         .filter(|(_, parameter)| parameter.is_trainable())
         .map(|(name, parameter)| (name, parameter.value().clone()))
         .collect();
-    let of_adapter = |name: &str| layers.iter().any(|layer| name.starts_with(&format!("{layer}.{method}.")));
+    let of_adapter = |name: &str| layers.iter().any(|layer| name.starts_with(&path(layer, method)));
     let module = |name: &str| name.rsplit_once('.').map_or(name, |(module, _)| module).to_string();
     let modules: BTreeSet<String> =
-        trained.iter().filter(|(name, _)| !of_adapter(name)).map(|(name, _)| module(name)).collect();
+        tensors.iter().filter(|(name, _)| !of_adapter(name)).map(|(name, _)| module(name)).collect();
     let config = json!({
         "base_model_name_or_path": task.base_model,
         "layers": layers,
@@ -252,19 +254,10 @@ pub fn save_own<M: Module + ?Sized>(model: &M, folder: &Path, task: &PeftTask) -
         "task_type": task.name,
     });
     fs::create_dir_all(folder).map_err(|source| io_error(folder, source))?;
-    save_given(&given_to(model), &folder.join(GIVEN))?;
-    save_safetensors(&folder.join(TENSORS), &trained, &[("format", "pt")])?;
+    tensors.extend(given_to(model));
+    save_safetensors(&folder.join(TENSORS), &tensors, &[("format", "pt")])?;
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
     write_whole(&folder.join(CONFIG), |out| writeln!(out, "{text}"))
-}
-
-/// Writes what adapters were given; where that is nothing, no file is left that says otherwise.
-fn save_given(given: &[(String, Tensor)], path: &Path) -> Result<()> {
-    match given.is_empty() {
-        false => save_safetensors(path, given, &[("format", "pt")]),
-        true if path.exists() => fs::remove_file(path).map_err(|source| io_error(path, source)),
-        true => Ok(()),
-    }
 }
 
 /// The tensors that a model's adapters were given, by their names in a file.
@@ -272,23 +265,29 @@ fn given_to<M: Module + ?Sized>(model: &M) -> Vec<(String, Tensor)> {
     let mut found = Vec::new();
     for (layer, linear) in model.linears() {
         let Some(adapter) = linear.adapter() else { continue };
-        let given = adapter.given().into_iter();
-        found.extend(given.map(|(name, x)| (given_name(&layer, adapter.method(), &name), x.clone())));
+        let name = |place| tau(&layer, adapter.method(), place);
+        found.extend(adapter.given().iter().enumerate().map(|(place, x)| (name(place), x.clone())));
     }
     found
 }
 
-fn given_name(layer: &str, method: &str, name: &str) -> String {
-    join(&join(layer, method), name)
+/// What the names of all that an adapter has begin with.
+fn path(layer: &str, method: &str) -> String {
+    join(layer, method) + "."
+}
+
+/// The name of a layer's task vector.
+fn tau(layer: &str, method: &str, place: usize) -> String {
+    format!("{}{TAU}{place}", path(layer, method))
 }
 
 /// The method and the settings that all adapters of a model share, and the layers that have one.
 fn describe<M: Module + ?Sized>(model: &M) -> Result<(&'static str, Recipe, Vec<String>)> {
-    let mut common: Option<(&'static str, Recipe)> = None;
+    let mut common: Option<(&'static str, Recipe, usize)> = None;
     let mut layers = Vec::new();
     for (name, layer) in model.linears() {
         let Some(adapter) = layer.adapter() else { continue };
-        let this = (adapter.method(), made_again(adapter)?);
+        let this = (adapter.method(), made_again(adapter)?, adapter.given().len());
         if common.as_ref().is_some_and(|common| *common != this) {
             let message =
                 format!("`{name}` has other settings than the layers before it: a folder holds one set");
@@ -297,7 +296,7 @@ fn describe<M: Module + ?Sized>(model: &M) -> Result<(&'static str, Recipe, Vec<
         common = Some(this);
         layers.push(name);
     }
-    let (method, recipe) = common.ok_or_else(|| Error::config("adapter", "the model has none to save"))?;
+    let (method, recipe, _) = common.ok_or_else(|| Error::config("adapter", "the model has none to save"))?;
     Ok((method, recipe, layers))
 }
 

@@ -62,10 +62,10 @@ pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
         None
     }
 
-    /// Tensors with their names that are not trained and follow from neither the settings nor the layer: a file
+    /// Matrices (out, in) that are not trained and follow from neither the settings nor the layer: a file
     /// has to keep them as they are.
-    fn given(&self) -> Vec<(String, &Tensor)> {
-        vec![]
+    fn given(&self) -> &[Tensor] {
+        &[]
     }
 
     /// What the adapter adds to the loss, a single number.

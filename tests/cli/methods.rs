@@ -1,6 +1,12 @@
 //! Every method on the command line: trained, saved, evaluated, trained on, shown.
 
+use std::path::Path;
+
 use crate::command::{Work, arguments, examples, failure, fixture, object, randlora, refs, text};
+use crate::common::{load, tensors};
+use randlora::io::{Access, save_safetensors};
+use randlora::nn::Module;
+use randlora::{Device, Tensor};
 use serde_json::{Value, json};
 
 /// The methods with adapters beside RandLoRA and LoRA, and what they need on the tiny model.
@@ -75,6 +81,13 @@ fn plans_and_settings_that_a_method_lacks() {
     assert!(error(&["--method", "svft", "--rank", "3"]).contains("svft has none"));
     assert!(error(&["--method", "vera", "--scale", "3"]).contains("vera has none"));
     assert!(error(&["--method", "dora", "--coefficients", "3"]).contains("dora has none"));
+    for method in ["atlas", "svft", "pranc", "intrinsic", "bitfit", "full", "head"] {
+        let error = error(&["--method", method, "--alpha", "8"]);
+        assert!(error.contains(&format!("--alpha: {method} has no alpha: leave it out")), "{error}");
+    }
+    assert!(error(&["--method", "lora", "--bases", "block"]).contains("bases: lora has none: leave it out"));
+    let plan = failure(&["inspect", &model, "--method", "lora", "--bases", "block"]);
+    assert!(plan.contains("bases: lora has none"), "{plan}");
     assert!(error(&["--method", "pissa", "--rank", "25"]).contains("24 singular values"));
     assert!(
         failure(&["demo", "--methods", "lora,lola"]).contains("no method `lola`; there are: probe, lora")
@@ -84,6 +97,10 @@ fn plans_and_settings_that_a_method_lacks() {
 /// Trains the tiny model on these examples.
 fn finetune(work: &Work, out: &str, more: &[&str]) -> Value {
     object(&refs(&arguments(work, "finetune", &[&["--out", &work.path(out)], more].concat())))
+}
+
+fn numbers(x: &Tensor) -> Vec<f32> {
+    x.detach().to_vec().expect("f32")
 }
 
 #[test]
@@ -110,8 +127,22 @@ fn atlas_combines_whole_models_and_adapters() {
     assert_eq!(found["method"], "atlas");
     // Six layers with a number for each task, and the classifier.
     assert_eq!(found["trained_parameters"], json!(6 * 3 + (24 + 1) * 2));
-    let names = work.names("atlas/last");
-    assert!(names.contains(&"adapter_given.safetensors".to_string()), "{names:?}");
+    assert_eq!(
+        work.names("atlas/last"),
+        ["adapter_config.json", "adapter_model.safetensors", "randlora.json"]
+    );
+    let saved = tensors(Path::new(&work.path("atlas/last/adapter_model.safetensors")));
+    let [base, tuned] = [Path::new(&model), Path::new(&folders[0])].map(|folder| load(folder, Access::Read));
+    let mut compared = 0;
+    for ((name, before), (_, after)) in base.linears().into_iter().zip(tuned.linears()) {
+        let Some(_) = saved.entry(&format!("{name}.atlas.tau.0")) else { continue };
+        let tau = saved.tensor(&format!("{name}.atlas.tau.0"), &Device::cpu()).expect("it is there");
+        let changed = after.weight().value().sub(before.weight().value()).expect("the same sizes");
+        assert_eq!(numbers(&tau), numbers(&changed), "{name}");
+        assert!(numbers(&tau).iter().any(|&x| x != 0.0), "{name}");
+        compared += 1;
+    }
+    assert_eq!(compared, 6);
     // The folder needs none of those that it was made from.
     folders.iter().for_each(|folder| std::fs::remove_dir_all(folder).expect("it was made"));
 
@@ -140,6 +171,7 @@ fn atlas_combines_whole_models_and_adapters() {
 fn task_vectors_that_are_none_are_refused() {
     let work = Work::new("no-task-vectors");
     let model = fixture("peft_training/model");
+    finetune(&work, "hydra", &["--method", "hydralora", "--rank", "2", "--epochs", "1"]);
     let before = work.tree();
     let error = |more: &[&str]| failure(&refs(&arguments(&work, "finetune", more)));
     let of = |folder: &str| error(&["--method", "atlas", "--task-vectors", folder]);
@@ -152,20 +184,58 @@ fn task_vectors_that_are_none_are_refused() {
     assert!(of(&model).contains("peft_training/model: it changes none of the layers that are adapted"));
     let wide = of(&fixture("bert/single_label"));
     assert!(wide.contains("single_label: ") && wide.contains("in the base and [36, 36] after it"), "{wide}");
+    let to_do =
+        format!("name a model that was fine-tuned from {model}, or leave that layer out with `--targets`");
+    assert!(wide.contains(&to_do), "{wide}");
+    let hydra = of(&work.path("hydra/last"));
+    assert!(hydra.contains("hydra/last: ") && hydra.contains("an adapter that can be merged"), "{hydra}");
+    let both = work.copy("both", &model);
+    work.copy("both", &fixture("our_adapters/lora"));
+    assert!(of(&both).contains("both: it holds both a model and an adapter: give each a folder of its own"));
+    std::fs::remove_dir_all(both).expect("it was made");
     let short = work.copy("short", &model);
     let config = String::from_utf8(work.read("short/config.json")).expect("UTF-8");
     work.write("short/config.json", config.replace("hidden_layers\": 2", "hidden_layers\": 1"));
     let lacks = of(&short);
-    assert!(lacks.contains("short: `bert.encoder.layer.1.") && lacks.contains("there are: "), "{lacks}");
+    assert!(lacks.contains("short: it lacks `bert.encoder.layer.1.") && lacks.contains(&to_do), "{lacks}");
     std::fs::remove_dir_all(short).expect("it was made");
+    let edited = |edit: &dyn Fn(&mut Vec<(String, Tensor)>)| {
+        let broken = work.copy("broken", &model);
+        let file = Path::new(&broken).join("model.safetensors");
+        let stored = tensors(&file);
+        let read = |name: &str| (name.to_string(), stored.tensor(name, &Device::cpu()).expect("it is there"));
+        let mut kept = stored.entries().map(|(name, _)| read(name)).collect();
+        edit(&mut kept);
+        save_safetensors(&file, &kept, &[("format", "pt")]).expect("a file");
+        let message = of(&broken);
+        std::fs::remove_dir_all(broken).expect("it was made");
+        message
+    };
+    let key = |name: &str| name.ends_with("layer.1.attention.self.key.weight");
+    let infinite = edited(&|tensors| {
+        let weight = tensors.iter_mut().find(|(name, _)| key(name)).expect("it is there");
+        weight.1 = weight.1.scale(f64::INFINITY).expect("f32");
+    });
+    assert!(infinite.contains("key` is not finite: ") && infinite.contains(&to_do), "{infinite}");
+    let missing = edited(&|tensors| tensors.retain(|(name, _)| !key(name)));
+    assert!(missing.contains("key.weight`") && missing.contains("broken"), "{missing}");
     let vectors = fixture("our_adapters/lora");
     let set = |more: &[&str]| error(&[&["--method", "atlas", "--task-vectors", &vectors], more].concat());
     assert!(set(&["--rank", "3"]).contains("atlas has none"));
     assert!(set(&["--dropout", "0.1"]).contains("atlas has none"));
+    assert!(set(&["--scale", "2"]).contains("atlas has none"));
+    assert!(set(&["--coefficients", "2"]).contains("atlas has none"));
     assert!(work.tree() == before);
     let both = ["--adapter", &vectors, "--task-vectors", &vectors];
     assert_eq!(randlora(&refs(&arguments(&work, "finetune", &both))).status.code(), Some(2));
     let plan =
         object(&["inspect", &model, "--method", "atlas", "--task-vectors", &vectors, "--batch-size", "2"]);
     assert_eq!(plan["adapter_parameters"], json!(6));
+    assert_eq!(plan["given_bytes"], json!(6 * 24 * 24 * 4));
+    let other = work.copy("other", &model);
+    let output =
+        randlora(&["inspect", &other, "--method", "atlas", "--task-vectors", &vectors, "--batch-size", "2"]);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("task vectors"), "{output:?}");
+    let note = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(note.contains("lora was made for model: is it the same model as"), "{note}");
 }

@@ -136,7 +136,7 @@ fn what_a_study_refuses() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     assert!(misuse(&["--methods", "lola"]).contains("no method `lola` among: randlora, lora"));
-    assert!(misuse(&["--methods", "atlas"]).contains("no method `atlas` among: randlora, lora"));
+    assert!(misuse(&["--methods", "atlas"]).contains("atlas needs task vectors, which a study has none of"));
     assert!(misuse(&["--methods", "lora:block"]).contains("lora has no bases"));
     assert!(misuse(&["--methods", "randlora@big"]).contains("auto, peft, paper or a finite number"));
     assert!(misuse(&["--task", "toy,colour=3"]).contains("`colour=3` is not among: text="));

@@ -458,10 +458,47 @@ fn a_task_vector_is_what_training_has_changed_in_the_layers_that_are_meant() {
     let vector = of(&adapted, &Targets::AllLinear);
     assert_eq!(wide(&vector["1"]), wide(&adapted[1].delta().unwrap().unwrap()));
     assert!(wide(&vector["0"]).iter().all(|&x| x == 0.0));
-    // From weights that are stored in 16 bits, in f32.
-    tuned.freeze();
-    tuned.cast(DType::BF16).unwrap();
-    assert_eq!(of(&tuned, &Targets::AllLinear)["0"].dtype(), DType::F32);
+    // And of an adapted base, the base as it is with its adapter.
+    let back = task_vector(&adapted, &base, &Targets::AllLinear).unwrap();
+    assert!(
+        far(&back["1"].scale(-1.0).unwrap(), &vector["1"]) == 0.0
+            && wide(&back["1"]).iter().any(|&x| x != 0.0)
+    );
+    assert!(
+        wide(&task_vector(&adapted, &adapted, &Targets::AllLinear).unwrap()["1"]).iter().all(|&x| x == 0.0)
+    );
+    assert!(task_vector(&base, &tuned, &Targets::names(&["9"])).unwrap().is_empty());
+}
+
+#[test]
+fn a_task_vector_has_the_wider_type_but_no_less_than_f32() {
+    let nets = |dtype| {
+        let mut nets = [net().first, net().second].map(|layer| vec![layer]);
+        nets.iter_mut().for_each(|net| {
+            net.freeze();
+            net.cast(dtype).unwrap();
+        });
+        nets
+    };
+    for (from, to, want) in [
+        (DType::BF16, DType::BF16, DType::F32),
+        (DType::F32, DType::BF16, DType::F32),
+        (DType::F64, DType::F32, DType::F64),
+        (DType::BF16, DType::F64, DType::F64),
+    ] {
+        let ([base, _], [mut tuned, _]) = (nets(from), nets(to));
+        adapters::attach(&mut tuned, &Lora::default(), &Targets::AllLinear, &[]).unwrap();
+        stir(&mut tuned[0]);
+        let vector = task_vector(&base, &tuned, &Targets::AllLinear).unwrap();
+        assert_eq!(vector["0"].dtype(), want, "{from} {to}");
+        // What 16 bits round away is a part of the difference.
+        let weight = |net: &Vec<Linear>| wide(net[0].weight().value());
+        let delta = wide(&tuned[0].delta().unwrap().unwrap());
+        let found = wide(&vector["0"]);
+        for (i, (to, from)) in weight(&tuned).iter().zip(weight(&base)).enumerate() {
+            assert!((found[i] - (to - from + delta[i])).abs() < 1e-6, "{from} {to}");
+        }
+    }
 }
 
 #[test]

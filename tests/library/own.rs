@@ -1,7 +1,7 @@
 //! Adapter folders of this crate's own form: what is saved comes back bit for bit, and what does not fit is
 //! refused.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use crate::common::{Folder, says};
@@ -92,6 +92,14 @@ fn every_method_comes_back_bit_for_bit() {
         assert_eq!(adapter.layers(), ["0", "1"]);
         let whole: Vec<&str> = adapter.whole().map(|(name, _)| name).collect();
         assert_eq!(whole, ["2.bias", "2.weight"]);
+        let numbers: usize =
+            adapter.adapted().chain(adapter.whole()).map(|(_, sizes)| sizes.iter().product::<usize>()).sum();
+        assert_eq!(numbers, net_before.trainable_count(), "{name}");
+        let given: Vec<&[usize]> = adapter.given().map(|(_, sizes)| sizes).collect();
+        assert_eq!(adapter.tasks(), if name == "atlas" { 2 } else { 0 });
+        let sizes: &[&[usize]] =
+            if name == "atlas" { &[&[10, 6], &[10, 6], &[7, 10], &[7, 10]] } else { &[] };
+        assert_eq!(given, sizes, "{name}");
 
         let mut again = net(1);
         let attached = Adapter::open(&folder.0).unwrap().attach(&mut again).unwrap();
@@ -105,10 +113,9 @@ fn every_method_comes_back_bit_for_bit() {
         assert_ne!(bits(&again, &Context::eval()), bits(&net(1), &Context::eval()), "{name}");
         // Saved again, the files are the same.
         let files = |folder: &Folder| {
-            ["adapter_config.json", "adapter_model.safetensors", "adapter_given.safetensors"]
-                .map(|file| fs::read(folder.0.join(file)).ok())
+            ["adapter_config.json", "adapter_model.safetensors"]
+                .map(|file| fs::read(folder.0.join(file)).unwrap())
         };
-        assert_eq!(files(&folder).map(|file| file.is_some()), [true, true, name == "atlas"]);
         let copy = Folder::with(&format!("own-{name}-again"), &[]);
         save_own(&again, &copy.0, &task).unwrap();
         assert_eq!(files(&copy), files(&folder), "{name}");
@@ -155,44 +162,74 @@ fn what_does_not_fit_is_refused() {
 
 #[test]
 fn task_vectors_that_do_not_fit_are_refused() {
-    let given = "adapter_given.safetensors";
-    let open = |edit: &dyn Fn(&Folder)| {
+    let file = "adapter_model.safetensors";
+    let saved = |edit: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
         let folder = Folder::with("own-task-vectors", &[]);
         save_own(&trained(&atlas()), &folder.0, &PeftTask::default()).unwrap();
-        edit(&folder);
+        let path = folder.0.join(file);
+        let stored = SafeTensors::open(&path, Access::Read).unwrap();
+        let read = |name: &str| (name.to_string(), stored.tensor(name, &Device::cpu()).unwrap());
+        let mut tensors = stored.entries().map(|(name, _)| read(name)).collect();
+        edit(&mut tensors);
+        save_safetensors(&path, &Vec::from_iter(tensors), &[]).unwrap();
+        folder
+    };
+    let opened = |edit: &dyn Fn(&mut BTreeMap<String, Tensor>)| Adapter::open(&saved(edit).0).unwrap_err();
+    let none = opened(&|tensors| tensors.retain(|name, _| !name.contains("tau")));
+    says(&none, &[file, "there is no `0.atlas.tau.0`", "train it again"]);
+    says(&opened(&|tensors| drop(tensors.remove("1.atlas.tau.0"))), &[file, "no `1.atlas.tau.0`"]);
+    says(&opened(&|tensors| drop(tensors.remove("1.atlas.tau.1"))), &[file, "no `1.atlas.tau.1`"]);
+
+    let set = |name: &str, dims: &[usize]| {
+        let folder = saved(&|tensors| drop(tensors.insert(name.into(), normal("x", dims))));
         Adapter::open(&folder.0).and_then(|adapter| adapter.attach(&mut net(1))).unwrap_err()
     };
-    let count = |count: &str| {
-        let to = format!("\"vectors\": \"{count}\"");
-        open(&|folder: &Folder| folder.edit("adapter_config.json", "\"vectors\": \"2\"", &to))
-    };
-    says(&count("0"), &["at least one"]);
-    says(&count("1"), &["0.atlas.lambda", "[2]", "[1]"]);
-    says(&count("18446744073709551615"), &[given, "`0.atlas.tau.2`"]);
-    says(&count("-1"), &["adapter_config.json", "vectors", "`-1` is no such setting"]);
-    let remove = |folder: &Folder| fs::remove_file(folder.0.join(given)).unwrap();
-    says(&open(&remove), &["adapter_config.json", given, "missing"]);
-    says(&open(&|folder: &Folder| fs::write(folder.0.join(given), "no tensors").unwrap()), &[given]);
+    let to_do = "attach it to the model that it was trained on";
+    says(&set("1.atlas.tau.0", &[10, 7]), &[file, "the task vector of `1` is [10, 7]", "[7, 10]", to_do]);
+    says(&set("1.atlas.tau.0", &[70]), &[file, "the task vector of `1` is [70]", to_do]);
+    says(&set("1.atlas.tau.0", &[]), &[file, "the task vector of `1` is []", to_do]);
+    says(&set("1.atlas.tau.2", &[7, 10]), &[file, "no `0.atlas.tau.2`"]);
+    for name in ["1.atlas.tau.3", "1.atlas.tau.00", "1.atlas.tau.18446744073709551616", "1.atlas.tau.-1"] {
+        says(&set(name, &[7, 10]), &[file, &format!("`{name}` is no part of")]);
+    }
+    says(&set("2.atlas.tau.0", &[3, 7]), &[file, "`2.atlas.tau.0` is no part of"]);
+    says(&set("1.atlas.lambda", &[3]), &[file, "`1.atlas.lambda` is [3]", "needs [2]"]);
+}
 
-    let tensors = |edit: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
-        open(&|folder: &Folder| {
-            let file = SafeTensors::open(&folder.0.join(given), Access::Read).unwrap();
-            let read = |name: &str| (name.to_string(), file.tensor(name, &Device::cpu()).unwrap());
-            let mut tensors = file.entries().map(|(name, _)| read(name)).collect();
-            edit(&mut tensors);
-            save_safetensors(&folder.0.join(given), &Vec::from_iter(tensors), &[]).unwrap();
-        })
+#[test]
+fn task_vectors_of_another_method_are_refused() {
+    let folder = Folder::with("own-no-task-vectors", &[]);
+    save_own(&trained(&*method("nola")), &folder.0, &PeftTask::default()).unwrap();
+    let path = folder.0.join("adapter_model.safetensors");
+    folder.rename(&path, "new", |name| Some(name.replace("1.nola.beta", "1.nola.tau.0")));
+    fs::rename(folder.0.join("new"), path).unwrap();
+    let error = Adapter::open(&folder.0).and_then(|adapter| adapter.attach(&mut net(1))).unwrap_err();
+    says(&error, &["adapter_model.safetensors", "1.nola.beta"]);
+}
+
+/// What is written last is all that there is.
+#[test]
+fn a_folder_is_one_adapter() {
+    let folder = Folder::with("own-over", &[]);
+    let forward = || {
+        let mut net = net(1);
+        Adapter::open(&folder.0).unwrap().attach(&mut net).unwrap();
+        bits(&net, &Context::eval())
     };
-    let set = |name: &'static str, dims: &'static [usize]| {
-        tensors(&move |tensors: &mut BTreeMap<String, Tensor>| {
-            tensors.insert(name.into(), normal("x", dims));
-        })
-    };
-    says(&tensors(&|tensors| drop(tensors.remove("1.atlas.tau.1"))), &[given, "`1.atlas.tau.1`"]);
-    says(&set("1.atlas.tau.0", &[10, 7]), &["the task vector of `1` is [10, 7]", "[7, 10]"]);
-    says(&set("1.atlas.tau.0", &[70]), &["the task vector of `1` is [70]"]);
-    says(&set("1.atlas.tau.2", &[7, 10]), &[given, "`1.atlas.tau.2` is no part of this adapter"]);
-    says(&set("2.atlas.tau.0", &[3, 7]), &[given, "`2.atlas.tau.0` is no part of this adapter"]);
+    save_own(&trained(&atlas()), &folder.0, &PeftTask::default()).unwrap();
+    let before = forward();
+    for name in ["nola", "lora", "atlas"] {
+        let net = match name {
+            "lora" => trained(&Lora::default()),
+            name => trained(&*method(name)),
+        };
+        save_adapter(&net, &folder.0, &PeftTask::default()).unwrap();
+        assert_eq!(forward(), bits(&net, &Context::eval()), "{name}");
+        let names: BTreeSet<_> =
+            fs::read_dir(&folder.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 2, "{names:?}");
+    }
+    assert_eq!(forward(), before);
 }
 
 #[test]
@@ -217,8 +254,5 @@ fn what_cannot_be_made_again_is_not_saved() {
     let mut wide = net(1);
     wide.cast(DType::F64).unwrap();
     attach(&mut wide, &*method("svft"), &Targets::names(&["0"]), &[]).unwrap();
-    // Over an adapter with task vectors, of which nothing is left.
-    save_own(&trained(&atlas()), &folder.0, &PeftTask::default()).unwrap();
     save_adapter(&wide, &folder.0, &PeftTask::default()).unwrap();
-    Adapter::open(&folder.0).unwrap().attach(&mut net(1)).unwrap();
 }

@@ -6,8 +6,8 @@ use std::fs;
 
 use crate::common::{Folder, close, says, values};
 use randlora::adapters::{
-    AdaLora, Adapted, Attached, BitFit, Dora, Full, Lora, METHODS, Method, RandLora, Settings, Targets,
-    Whole, attach, by_name,
+    AdaLora, Adapted, Atlas, Attached, BitFit, Dora, Full, Lora, METHODS, Method, RandLora, Settings,
+    Targets, TaskVector, Whole, attach, by_name,
 };
 use randlora::io::{Adapter, PeftTask, save_adapter};
 use randlora::nn::{Context, Init, ItemMut, Linear, LinearAdapter, Module, Parameter, checkpoint};
@@ -64,7 +64,23 @@ fn trained(net: &mut Net, method: &dyn Method, seed: &str) -> Result<Attached> {
     Ok(Attached::of(net))
 }
 
+fn atlas() -> Atlas {
+    let vector = |task: &str| {
+        let tau = |layer: &str, dims: &[usize]| (layer.to_string(), normal(&format!("{task}{layer}"), dims));
+        TaskVector::from([tau("0", &[10, 6]), tau("1", &[7, 10])])
+    };
+    Atlas { vectors: vec![vector("first"), vector("second")] }
+}
+
+/// All that can be made here: those that have a name, and aTLAS.
+fn methods() -> Vec<&'static str> {
+    METHODS.into_iter().chain(["atlas"]).collect()
+}
+
 fn method(name: &str) -> Box<dyn Method> {
+    if name == "atlas" {
+        return Box::new(atlas());
+    }
     let rank = (!["svft", "pranc", "intrinsic", "bitfit", "full"].contains(&name)).then_some(3);
     let dropout = if ["svft", "intrinsic", "bitfit", "full"].contains(&name) { 0.0 } else { 0.1 };
     let coefficients = ["nola", "pranc", "intrinsic"].contains(&name).then_some(5);
@@ -94,7 +110,7 @@ fn by_parameter(net: &Net, ctx: &Context) -> BTreeMap<String, Vec<f64>> {
 #[test]
 fn one_active_is_as_if_it_were_the_only_one() {
     let base = bits(&net(DType::F32), &Context::eval());
-    for name in METHODS {
+    for name in methods() {
         let mut alone = net(DType::F32);
         let attached = trained(&mut alone, &*method(name), "here").unwrap();
         let mut several = adapted(DType::F32, &["dora", "randlora"]);
@@ -130,6 +146,7 @@ fn a_weighted_sum_is_the_sum_of_the_changes() {
         ("hydralora", "adalora"),
         ("vera", "block"),
         ("svft", "nola"),
+        ("atlas", "lora"),
     ];
     for (first, second) in pairs {
         let of = |name: &str| if name == "block" { Box::new(block) as Box<dyn Method> } else { method(name) };
@@ -169,7 +186,7 @@ fn a_weighted_sum_is_the_sum_of_the_changes() {
 #[test]
 fn gradients_of_two_weighted_adapters() {
     let with_adapter: Vec<&str> =
-        METHODS.into_iter().filter(|name| !["bitfit", "full"].contains(name)).collect();
+        methods().into_iter().filter(|name| !["bitfit", "full"].contains(name)).collect();
     for (i, first) in with_adapter.iter().enumerate() {
         let second = with_adapter[(i + 1) % with_adapter.len()];
         // DoRA's gradient takes the lengths of rows for constant unless it is told not to.

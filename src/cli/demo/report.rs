@@ -107,7 +107,7 @@ pub(super) fn table(results: &Value) -> Result<String, Failure> {
     if methods.iter().any(|method| method["method"] == ATLAS) {
         writeln!(
             text,
-            "{ATLAS}: sums of two models that were fine-tuned on mirrored digits and on negatives; its seconds are without theirs"
+            "{ATLAS}: sums of two models that were fine-tuned on mirrored digits and on negatives; its seconds are without theirs, its peak is with them"
         )?;
     }
     writeln!(text, "{:.0} s in all", results["seconds"].as_f64().unwrap_or(f64::NAN))?;

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::builder::TypedValueParser;
 use randlora::optim::Decay;
+use randlora::{Error, Result};
 
 use crate::cli::columns::ColumnArgs;
 use crate::cli::device::DeviceArgs;
@@ -21,7 +22,7 @@ use crate::cli::task_vectors::{self, Folders};
   randlora finetune --model all-MiniLM-L6-v2 --train stsb/train.csv --eval stsb/dev.csv --task regress \\
       --text 1 --pair 2 --label 3 --no-header --out stsb
   randlora finetune --model all-MiniLM-L6-v2 --train train.jsonl --method lora --rank 8 --targets all-linear --out lora
-  randlora finetune --model all-MiniLM-L6-v2 --train train.tsv --method atlas --task-vectors news/best,mail/best \
+  randlora finetune --model all-MiniLM-L6-v2 --train train.tsv --method atlas --task-vectors news/best,mail/best \\
       --out atlas
   randlora finetune --model all-MiniLM-L6-v2 --train more.tsv --adapter sst2/best --lr 1e-4 --out sst2-more
 
@@ -152,8 +153,16 @@ impl Args {
         Settings { method, targets, rank, scale, bases, dropout, seed, coefficients, steps, vectors }
     }
 
-    /// Where task vectors come from.
-    pub(crate) fn vectors(&self) -> Folders<'_> {
+    /// An error for a setting that the method does not have.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.alpha.is_some() && self.method.default_rank().is_none() {
+            let message = format!("{} has no alpha: leave it out", self.method.name());
+            return Err(Error::Config { what: "--alpha", message });
+        }
+        self.settings(0).check()
+    }
+
+    fn vectors(&self) -> Folders<'_> {
         Folders { folders: &self.task_vectors, draw: self.model.draw, access: self.model.access() }
     }
 
@@ -212,7 +221,7 @@ impl Warmup {
 impl FromStr for Warmup {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Warmup, String> {
+    fn from_str(text: &str) -> std::result::Result<Warmup, String> {
         if let Ok(steps) = text.parse() {
             return Ok(Warmup::Steps(steps));
         }
@@ -228,15 +237,15 @@ fn at_least(least: u64) -> impl TypedValueParser<Value = usize> {
     clap::value_parser!(u64).range(least..=u32::MAX.into()).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
 }
 
-fn finite(text: &str) -> Result<f64, String> {
+fn finite(text: &str) -> std::result::Result<f64, String> {
     text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or("a finite number is needed".into())
 }
 
-fn from_zero(text: &str) -> Result<f64, String> {
+fn from_zero(text: &str) -> std::result::Result<f64, String> {
     let number = text.parse().ok().filter(|x: &f64| x.is_finite() && *x >= 0.0);
     number.ok_or("a number from 0 is needed".into())
 }
 
-fn share(text: &str) -> Result<f64, String> {
+fn share(text: &str) -> std::result::Result<f64, String> {
     text.parse().ok().filter(|x| (0.0..1.0).contains(x)).ok_or("a share from 0 to below 1 is needed".into())
 }

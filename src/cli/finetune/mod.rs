@@ -43,7 +43,8 @@ pub(crate) fn run(args: &Args) -> std::result::Result<(), Failure> {
 }
 
 fn finetune(args: &Args) -> std::result::Result<(), Failure> {
-    args.vectors().check(args.method)?;
+    // What is wrong with the arguments themselves is said before minutes are spent on files.
+    args.check()?;
     let checkpoint = args.model.checkpoint()?;
     let config = BertConfig::of(&checkpoint)?;
     let adapter = args.model.open_adapter()?;

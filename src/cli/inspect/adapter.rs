@@ -64,9 +64,10 @@ fn about_own(adapter: &OwnAdapter) -> Result<Value, Failure> {
     for (name, text) in adapter.settings()? {
         value[name] = serde_json::from_str(text).unwrap_or_else(|_| json!(text));
     }
-    let given: usize = adapter.given().map(|(_, sizes)| sizes.iter().product::<usize>()).sum();
-    if given > 0 {
-        value["given_parameters"] = json!(given);
+    if adapter.tasks() > 0 {
+        let sizes = adapter.given().map(|(_, sizes)| sizes.iter().product::<usize>());
+        value["vectors"] = json!(adapter.tasks());
+        value["given_parameters"] = json!(sizes.sum::<usize>());
     }
     Ok(value)
 }

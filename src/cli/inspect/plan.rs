@@ -95,6 +95,7 @@ fn numbers(model: &Bert) -> Value {
         "layers": layers,
         "frozen_bytes": bytes(false),
         "bases_bytes": bases_bytes(model),
+        "given_bytes": given_bytes(model),
         "trained_bytes": bytes(true),
         "gradient_bytes": bytes(true),
         "moment_bytes": 2 * bytes(true),
@@ -120,6 +121,12 @@ fn bases_bytes(model: &Bert) -> usize {
     bases.map_or(0, |bases| bases.bytes())
 }
 
+/// aTLAS's task vectors.
+fn given_bytes(model: &Bert) -> usize {
+    let adapters = model.linears().into_iter().filter_map(|(_, layer)| layer.adapter());
+    adapters.flat_map(|adapter| adapter.given()).map(bytes).sum()
+}
+
 fn bytes(x: &Tensor) -> usize {
     x.numel() * x.dtype().size()
 }
@@ -143,6 +150,11 @@ pub(super) fn text(value: &Value) -> String {
         line("of the classifier", count("classifier_parameters")),
         line("frozen weights", size("frozen_bytes")),
         line("bases", size("bases_bytes")),
+    ]);
+    if number(value, "given_bytes") > 0 {
+        about.push(line("task vectors", size("given_bytes")));
+    }
+    about.extend([
         line("trained weights", size("trained_bytes")),
         line("gradients", size("gradient_bytes")),
         line("AdamW's moments", size("moment_bytes")),

@@ -33,6 +33,9 @@ impl FromStr for Entry {
     fn from_str(text: &str) -> std::result::Result<Entry, String> {
         let (rest, scale) = text.split_once('@').map_or((text, None), |(rest, scale)| (rest, Some(scale)));
         let (name, bases) = rest.split_once(':').map_or((rest, None), |(name, bases)| (name, Some(bases)));
+        if name == MethodName::Atlas.name() {
+            return Err("atlas needs task vectors, which a study has none of: use finetune".into());
+        }
         let Some(method) = methods().find(|method| method.name() == name) else {
             let names: Vec<&str> = methods().map(MethodName::name).collect();
             return Err(format!("there is no method `{name}` among: {}", names.join(", ")));
