@@ -199,7 +199,8 @@ fn task_vectors_that_are_none_are_refused() {
     let lacks = of(&short);
     assert!(lacks.contains("short: it lacks `bert.encoder.layer.1.") && lacks.contains(&to_do), "{lacks}");
     std::fs::remove_dir_all(short).expect("it was made");
-    let edited = |edit: &dyn Fn(&mut Vec<(String, Tensor)>)| {
+    type Edit<'a> = &'a dyn Fn(&mut Vec<(String, Tensor)>);
+    let edited = |edit: Edit<'_>| {
         let broken = work.copy("broken", &model);
         let file = Path::new(&broken).join("model.safetensors");
         let stored = tensors(&file);
