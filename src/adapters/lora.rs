@@ -95,9 +95,10 @@ pub(super) fn start(rank: usize, seed: u64, layer: &LayerInfo) -> Result<[Tensor
     Ok([a, Tensor::zeros([layer.outputs, rank], layer.dtype, &layer.device)?])
 }
 
-/// s·x·Aᵀ·Bᵀ, from the right: the product of A and B is not formed.
+/// s·x·Aᵀ·Bᵀ, from the right: the product of A and B is not formed. What has r numbers a token is scaled, not
+/// what has as many as the layer.
 pub(super) fn low_rank(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-    x.linear(a, None)?.linear(b, None)?.scale(scale)
+    x.linear(a, None)?.scale(scale)?.linear(b, None)
 }
 
 impl LinearAdapter for LoraAdapter {
