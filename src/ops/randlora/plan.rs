@@ -186,7 +186,8 @@ impl Plan {
         forward + to_x * dx + to_diagonals * pull
     }
 
-    /// What the panels of block bases cost beyond their operations, in operations.
+    /// What the panels of block bases cost beyond their operations, in operations. It is no part of
+    /// [`Plan::extra_flops`], which is reported as the bound.
     fn passes(&self, sizes: Sizes, wants: Wants) -> f64 {
         let backward = self.backward == Way::Panel && wants.input;
         let panels = (self.forward == Way::Panel) as u8 + backward as u8;
@@ -249,6 +250,7 @@ mod tests {
         let best = |tokens, inputs, outputs| best(Form::Ternary { share }, tokens, inputs, outputs);
         assert_eq!(best(2048, 768, 768), (Panel, Panel, 1.66));
         assert_eq!(best(256, 768, 768), (Panel, Factored, 2.58));
+        assert_eq!(best(128, 768, 768), (Factored, Factored, 2.79));
         assert_eq!(best(16, 768, 768), (Factored, Factored, 2.79));
         assert_eq!(best(2048, 768, 3072), (Panel, Factored, 1.45));
     }
