@@ -2,8 +2,8 @@
 //!
 //! f32 has kernels of our own (`fma`) on processors with AVX2 or AVX-512 in the default build; everything else goes to
 //! `matrixmultiply`: other processors, the lean build, and f64, which gradients are checked in. Threads share out
-//! pieces of the result whose sizes follow from the shape alone: the same call gives the same bits on any number of
-//! threads.
+//! pieces of the result; what order a sum has follows from the shape alone: the same call gives the same bits on any
+//! number of threads.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Work shared out over the caller's rayon pool.
 //!
-//! What is split is split by constant sizes, never by the number of threads, so that results do
-//! not depend on it. Everything comes down to [`run`], so that the machinery of threads is compiled
+//! What decides the order of a sum is split by constant sizes, never by the number of threads, so that results
+//! do not depend on it. Everything comes down to [`run`], so that the machinery of threads is compiled
 //! once instead of once for every closure and type; a call through `dyn` for thousands of elements
 //! costs nothing.
 

@@ -52,6 +52,15 @@ pub(crate) fn prefetch(number: *const f32) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(number.cast()) }
 }
 
+/// Has the cache fetch the lines of `count` numbers from `first` on, which need not be there.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(crate) fn prefetch_row(first: *const f32, count: usize) {
+    for at in (0..count + 15).step_by(16) {
+        prefetch(first.wrapping_add(at));
+    }
+}
+
 /// Other architectures' vectors are part of their baseline (NEON) or chosen at build time (wasm).
 #[cfg(not(target_arch = "x86_64"))]
 #[inline]

@@ -2,8 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{AHEAD, Before, Kernel, Left, Right, prefetch_row};
+use super::{AHEAD, Before, Kernel, Left, Right};
 use crate::cpu::gemm::{Mat, Out};
+use crate::cpu::simd::prefetch_row;
 
 const STRIP: usize = 6;
 const WIDTH: usize = 16;

@@ -2,11 +2,15 @@
 
 use std::arch::x86_64::*;
 
-use super::{Before, Kernel, Left, Right, avx2, prefetch_row};
+use super::{Before, Kernel, Left, Right, avx2};
 use crate::cpu::gemm::{Mat, Out};
+use crate::cpu::simd::{prefetch, prefetch_row};
 
 const STRIP: usize = 12;
 const WIDTH: usize = 32;
+/// Rows of a panel that the first cache is asked for before they are read: a panel fills it, so they come from the
+/// second one, and Intel's processors do not fetch them early enough by themselves.
+const AHEAD: usize = 12;
 
 pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, strip_rows: STRIP, pack, strip };
 
@@ -25,41 +29,55 @@ unsafe fn strip(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> u
     // SAFETY: the caller's.
     unsafe {
         match c.rows {
-            STRIP.. => rows::<STRIP>(alpha, a, b, before, c),
-            8.. => rows::<8>(alpha, a, b, before, c),
-            6.. => rows::<6>(alpha, a, b, before, c),
-            4.. => rows::<4>(alpha, a, b, before, c),
-            3 => rows::<3>(alpha, a, b, before, c),
-            2 => rows::<2>(alpha, a, b, before, c),
-            _ => rows::<1>(alpha, a, b, before, c),
+            STRIP.. if (a.row, a.col) == (1, STRIP) => rows::<STRIP, true>(alpha, a, b, before, c),
+            STRIP.. => rows::<STRIP, false>(alpha, a, b, before, c),
+            8.. => rows::<8, false>(alpha, a, b, before, c),
+            6.. => rows::<6, false>(alpha, a, b, before, c),
+            4.. => rows::<4, false>(alpha, a, b, before, c),
+            3 => rows::<3, false>(alpha, a, b, before, c),
+            2 => rows::<2, false>(alpha, a, b, before, c),
+            _ => rows::<1, false>(alpha, a, b, before, c),
         }
     }
 }
 
-/// [`strip`] for R rows.
+/// [`strip`] for R rows; COPIED if R numbers of a lie beside each other, and then the next: their places are constants
+/// then, and no arithmetic of addresses competes with the products for the processor's ports.
 ///
 /// # Safety
 /// R rows of a as long as b has rows, b's rows in the kernel's width, and R rows of c and before as wide as c must be
 /// there; the processor must have AVX-512.
 #[target_feature(enable = "avx512f")]
-unsafe fn rows<const R: usize>(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
+unsafe fn rows<const R: usize, const COPIED: bool>(
+    alpha: f32,
+    a: Left,
+    b: Right,
+    before: Before,
+    c: Out<f32>,
+) -> usize {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     let (mut from, mut line) = (a.data, b.data);
+    let (row, col) = if COPIED { (1, R) } else { (a.row, a.col) };
     // What c is added to, or overwritten, is on its way while the products are summed.
     for r in 0..R {
         prefetch_row(c.data.wrapping_add(r * c.row), c.cols);
     }
     for _ in 0..b.rows {
+        // With few rows the time goes into loads, and there is none for more.
+        if R >= 6 {
+            prefetch(line.wrapping_add(AHEAD * b.row));
+            prefetch(line.wrapping_add(AHEAD * b.row + 16));
+        }
         // SAFETY: the caller's.
         unsafe {
             let (low, high) = (_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16)));
             for (r, sum) in sums.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*from.add(r * a.row));
+                let x = _mm512_set1_ps(*from.add(r * row));
                 sum[0] = _mm512_fmadd_ps(x, low, sum[0]);
                 sum[1] = _mm512_fmadd_ps(x, high, sum[1]);
             }
             // After the last line nothing need be there.
-            (from, line) = (from.wrapping_add(a.col), line.wrapping_add(b.row));
+            (from, line) = (from.wrapping_add(col), line.wrapping_add(b.row));
         }
     }
     let (alpha, beta) = (_mm512_set1_ps(alpha), _mm512_set1_ps(before.beta));

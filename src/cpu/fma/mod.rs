@@ -8,8 +8,8 @@
 //! panel: close to the processor's peak. What would be read too seldom to make up for the packing or copying is read
 //! as it lies, and one or two rows of c are dot products where that suits the right factor ([`dots`]).
 //!
-//! Which way is taken follows from shape and strides, and an element of c is the same sum in the same order whoever
-//! computes it: the result has the same bits on any number of threads.
+//! An element of c is the same sum in the same order, which follows from shape and strides, whoever computes it and
+//! whatever is copied for it: the result has the same bits on any number of threads.
 //!
 //! Inner loops are written without closures: one that passes through a function of `core` is inlined by
 //! link-time optimisation or not at all.
@@ -24,7 +24,7 @@ use std::ops::Range;
 
 use crate::cpu::gemm::{Mat, Onto, Out, Threads};
 use crate::cpu::parallel;
-use crate::cpu::simd::prefetch;
+use crate::cpu::simd::prefetch_row;
 
 /// Rows of c that a thread takes at a time: a multiple of every kernel's strip.
 const ROWS: usize = 48;
@@ -46,8 +46,9 @@ const NEAR: usize = 8192;
 const REREAD: usize = 2;
 /// Rows that lie far apart are asked for so many before they are read: the processor does not guess them.
 const AHEAD: usize = 16;
-/// Pieces of a product there should be at least, for processors with many cores.
-const PIECES: usize = 16;
+/// Pieces of a product for each thread, at least: for one that comes late, or has a slower core. More would copy
+/// the left factor once more for each.
+const PIECES: usize = 4;
 
 /// Numbers in a line of the cache, with which panels begin.
 const LINE: usize = 16;
@@ -309,8 +310,9 @@ impl Panels<'_> {
     /// That of [`Kernel::product`].
     unsafe fn product(&self, alpha: f32, a: Mat<'_, f32>, onto: Onto<'_, f32>, c: Out<f32>) {
         let down = c.rows.div_ceil(ROWS);
+        // By threads, unlike all else that is split: an element's sum does not depend on it.
         let columns = match self.shared {
-            true => c.cols.div_ceil(PIECES.div_ceil(down)).max(NARROW),
+            true => c.cols.div_ceil((PIECES * rayon::current_num_threads()).div_ceil(down)).max(NARROW),
             false => c.cols,
         };
         let columns = columns.next_multiple_of(self.kernel.width);
@@ -417,14 +419,6 @@ fn copied(a: Mat<'_, f32>, rows: usize, to: &mut [MaybeUninit<f32>; COPY]) -> St
         }
     }
     Strips { first: Left { data: to.as_ptr().cast(), row: 1, col: rows }, rows, next }
-}
-
-/// Has the cache fetch the lines of `count` numbers from `first` on, which need not be there.
-#[inline]
-fn prefetch_row(first: *const f32, count: usize) {
-    for at in (0..count + 15).step_by(16) {
-        prefetch(first.wrapping_add(at));
-    }
 }
 
 #[cfg(test)]
