@@ -1,7 +1,7 @@
 //! Layers' products in bf16 next to f32: GFLOP/s a core of x·Wᵀ, of dy·W and of dyᵀ·x, on one thread and on
 //! all of them at once.
 //!
-//! `cargo bench --bench bf16`, on a processor with AVX512-BF16; with `-- 768→768`, only such shapes.
+//! `cargo bench --bench bf16`, on a processor with AMX, or AVX512-BF16 of AMD's; with `-- 768→768`, only such shapes.
 
 mod common;
 
@@ -9,7 +9,7 @@ use randlora::{DType, Device, Precision, Tensor};
 
 fn main() {
     if !Precision::Bf16.is_native() {
-        println!("this processor has no AVX512-BF16 instructions: there is nothing to compare");
+        println!("this processor has no fast instructions for bf16: there is nothing to compare");
         return;
     }
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");

@@ -156,14 +156,14 @@ impl fmt::Display for Device {
 /// without: parameters, gradients and the optimiser's state, attention, norms, losses, and products with
 /// fewer than 64 rows or columns. f64 stays f64.
 ///
-/// The same input gives the same bits on any number of threads, on processors of one kind.
+/// The same input gives the same bits on any number of threads, on processors and systems of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// As the tensors are.
     #[default]
     F32,
-    /// Factors in bf16 where the processor has instructions for it (AVX512-BF16), else as
-    /// [`Precision::F32`]: [`Precision::is_native`] says which.
+    /// Factors in bf16 where the processor has fast instructions for it (AMX on Linux, or AMD's AVX512-BF16),
+    /// else as [`Precision::F32`]: [`Precision::is_native`] says which.
     Bf16,
 }
 

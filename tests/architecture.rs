@@ -104,6 +104,7 @@ fn unsafe_code_stays_where_it_is_explained() {
     assert_eq!(
         with,
         [
+            "cpu/bf16/x86/amx.rs",
             "cpu/bf16/x86/mod.rs",
             "cpu/bf16/x86/pack.rs",
             "cpu/fma/avx2.rs",

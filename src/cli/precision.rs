@@ -6,7 +6,7 @@ use randlora::{Device, Precision};
 #[derive(Debug, clap::Args)]
 pub(crate) struct PrecisionArgs {
     /// What layers' products are computed in. bf16 rounds their factors and sums in f32: faster on
-    /// processors with AVX512-BF16, on all others it is f32.
+    /// processors with AMX (on Linux) and AMD's with AVX512-BF16, on all others it is f32.
     #[arg(long, value_enum, default_value = "f32")]
     precision: PrecisionName,
 }
@@ -31,7 +31,7 @@ impl PrecisionArgs {
         let asked = self.asked();
         if !asked.is_native() {
             eprintln!(
-                "note: this processor has no AVX512-BF16 instructions: computing in f32 instead of {asked}"
+                "note: bf16 is no faster here (no AMX, no AVX512-BF16 of AMD's): computing in f32 instead of {asked}"
             );
         }
         Device::with_precision(asked)

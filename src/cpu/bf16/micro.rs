@@ -4,9 +4,7 @@ use crate::cpu::gemm::{Mat, MatMut, Onto};
 
 /// Numbers in one register.
 pub(super) const LANES: usize = 16;
-/// Rows and columns of the tile in registers: 24 registers of sums, 3 of b and 1 of a make 28 of the 32,
-/// and 24 sums between one use of a register and the next hide the instruction's latency.
-pub(super) const ROWS: usize = 8;
+/// Columns of c in one strip.
 pub(super) const COLS: usize = 3 * LANES;
 /// The part of k that is summed in registers, at most: a panel of b of this depth is 36 KiB, which stays
 /// in the first cache while the rows of a go by.
@@ -27,8 +25,8 @@ pub(super) struct Packed {
 /// Some rows and at most COLS columns of a product.
 #[derive(Debug)]
 pub(super) struct Strip<'a> {
-    /// Packed a, made up to a multiple of ROWS rows, PAIRS pairs each, of which as many count as the panel
-    /// has.
+    /// Packed a, made up to a multiple of the kernel's ROWS rows, PAIRS pairs each, of which as many count as
+    /// the panel has.
     pub(super) rows: &'a [u32],
     /// A panel of packed b: COLS lanes side by side for each pair.
     pub(super) panel: &'a [u32],
@@ -37,11 +35,14 @@ pub(super) struct Strip<'a> {
     pub(super) c: MatMut<'a, f32>,
 }
 
-/// The arithmetic of the product, as some processor has it. The bits are the same for all of them: for each
-/// piece of k, a sum starts with 0 and goes along k in order, and of a pair the second product is added first;
-/// then it is multiplied by alpha, and what it is put onto (for the first piece times its factor) is added.
-/// Each of these steps rounds once. Denormal numbers in factors and sums of products are taken for 0.
+/// The arithmetic of the product, as some processor has it. For each piece of k, a sum starts with 0 and goes
+/// along k in the [`Order`] of the kernel; then it is multiplied by alpha, and what it is put onto (for the first
+/// piece times its factor) is added. Each of these steps rounds once. Denormal numbers in factors and sums of
+/// products are taken for 0.
 pub(super) trait MicroKernel: Copy + Send + Sync {
+    /// Rows that are multiplied at a time.
+    const ROWS: usize;
+
     /// Rounds a matrix, whose rows are lanes and whose columns are k, to bf16 and packs it. An odd k is made
     /// up with 0, and so are lanes up to `lanes`, of which the matrix may have fewer.
     fn pack(self, x: Mat<'_, f32>, lanes: usize, layout: Packed, out: &mut [u32]);
@@ -50,22 +51,72 @@ pub(super) trait MicroKernel: Copy + Send + Sync {
     fn multiply(self, strip: Strip<'_>);
 }
 
-/// Whether this processor has instructions for these products.
+/// In what order the products along k are added up.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Order {
+    /// One pair after the other; of a pair the second product is added first.
+    Pairs,
+    /// Sixteen pairs at a time: their first products are one sum and their second ones another, both from 0 on.
+    /// The sum of the two is added to what there is.
+    Tiles,
+}
+
+/// Whether this processor has instructions for these products that are faster than those in f32.
 pub(super) fn is_native() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return super::x86::Avx512::detect().is_some();
+    return super::x86::fastest().is_some();
     #[cfg(not(target_arch = "x86_64"))]
     false
+}
+
+/// A row of c from its sums: alpha times each, plus what it is put onto.
+#[inline(always)]
+pub(super) fn finish_row(sums: &[f32], alpha: f32, onto: Onto<'_, f32>, c: &mut MatMut<'_, f32>, i: usize) {
+    let sums = &sums[..c.cols];
+    if c.col != 1 {
+        for j in 0..c.cols {
+            let to = &mut c.data[i * c.row + j * c.col];
+            *to = match onto {
+                Onto::Itself(0.0) => alpha * sums[j],
+                Onto::Itself(beta) => alpha * sums[j] + beta * *to,
+                Onto::Row(row) => alpha * sums[j] + row[j],
+            };
+        }
+        return;
+    }
+    // With the choice outside of the loops the compiler vectorises them.
+    let to = &mut c.data[i * c.row..][..c.cols];
+    match onto {
+        Onto::Itself(0.0) => {
+            for j in 0..sums.len() {
+                to[j] = alpha * sums[j];
+            }
+        }
+        Onto::Itself(beta) => {
+            for j in 0..sums.len() {
+                to[j] = alpha * sums[j] + beta * to[j];
+            }
+        }
+        Onto::Row(row) => {
+            let row = &row[..sums.len()];
+            for j in 0..sums.len() {
+                to[j] = alpha * sums[j] + row[j];
+            }
+        }
+    }
 }
 
 /// The same arithmetic in plain code: what tests the rest of the product on any processor, and the
 /// instructions where there are some.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Emulated;
+pub(super) struct Emulated<const ROWS: usize>(pub(super) Order);
 
 #[cfg(test)]
-impl MicroKernel for Emulated {
+impl<const ROWS: usize> MicroKernel for Emulated<ROWS> {
+    const ROWS: usize = ROWS;
+
     fn pack(self, x: Mat<'_, f32>, lanes: usize, layout: Packed, out: &mut [u32]) {
         for i in 0..lanes {
             let number =
@@ -77,7 +128,7 @@ impl MicroKernel for Emulated {
     }
 
     fn multiply(self, strip: Strip<'_>) {
-        crate::cpu::simd::vectorize(strip);
+        crate::cpu::simd::vectorize(Emulation { order: self.0, strip });
     }
 }
 
@@ -103,32 +154,55 @@ fn normal(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { 0.0f32.copysign(x) } else { x }
 }
 
+#[cfg(test)]
+struct Emulation<'a> {
+    order: Order,
+    strip: Strip<'a>,
+}
+
 /// The product of two bf16 numbers is exact in f32 unless it leaves f32's range, so that a
 /// multiplication and an addition round once, as the instruction does.
 #[cfg(test)]
-impl crate::cpu::simd::Kernel for Strip<'_> {
+impl crate::cpu::simd::Kernel for Emulation<'_> {
     type Element = f32;
     type Out = ();
     #[inline(always)]
     fn run(self) {
         let upper = |pair: u32| f32::from_bits(pair & 0xffff_0000);
         let lower = |pair: u32| f32::from_bits(pair << 16);
-        for i in 0..self.c.rows {
+        let Strip { rows, panel, alpha, onto, mut c } = self.strip;
+        for i in 0..c.rows {
             let mut sums = [0.0; COLS];
-            for (b, &a) in self.panel.chunks_exact(COLS).zip(&self.rows[i * PAIRS..]) {
-                for (sum, &b) in sums.iter_mut().zip(b) {
-                    *sum = normal(upper(a) * upper(b) + *sum);
-                    *sum = normal(lower(a) * lower(b) + *sum);
+            let rows = &rows[i * PAIRS..];
+            match self.order {
+                Order::Pairs => {
+                    for (b, &a) in panel.chunks_exact(COLS).zip(rows) {
+                        for (sum, &b) in sums.iter_mut().zip(b) {
+                            *sum = normal(upper(a) * upper(b) + *sum);
+                            *sum = normal(lower(a) * lower(b) + *sum);
+                        }
+                    }
+                }
+                Order::Tiles => {
+                    for (b, a) in panel.chunks(LANES * COLS).zip(rows.chunks(LANES)) {
+                        let (mut first, mut second) = ([0.0; COLS], [0.0; COLS]);
+                        for (b, &a) in b.chunks_exact(COLS).zip(a) {
+                            for (j, &b) in b.iter().enumerate() {
+                                first[j] = normal(lower(a) * lower(b) + first[j]);
+                                second[j] = normal(upper(a) * upper(b) + second[j]);
+                            }
+                        }
+                        if b.len() < LANES * COLS {
+                            // The tile is made up with 0, which makes 0 of −0.
+                            (first, second) = (first.map(|x| x + 0.0), second.map(|x| x + 0.0));
+                        }
+                        for (j, sum) in sums.iter_mut().enumerate() {
+                            *sum = normal(*sum + normal(first[j] + second[j]));
+                        }
+                    }
                 }
             }
-            for (j, &sum) in sums.iter().enumerate().take(self.c.cols) {
-                let c = &mut self.c.data[i * self.c.row + j * self.c.col];
-                *c = match self.onto {
-                    Onto::Itself(0.0) => self.alpha * sum,
-                    Onto::Itself(beta) => self.alpha * sum + beta * *c,
-                    Onto::Row(row) => self.alpha * sum + row[j],
-                };
-            }
+            finish_row(&sums, alpha, onto, &mut c, i);
         }
     }
 }
@@ -142,7 +216,7 @@ mod tests {
     /// What the processor has, if anything, and its emulation.
     fn kernels() -> Vec<(&'static str, Pack)> {
         let mut all: Vec<(&'static str, Pack)> =
-            vec![("emulated", |x, n, layout, out| Emulated.pack(x, n, layout, out))];
+            vec![("emulated", |x, n, layout, out| Emulated::<8>(Order::Pairs).pack(x, n, layout, out))];
         #[cfg(target_arch = "x86_64")]
         if super::super::x86::Avx512::detect().is_some() {
             all.push(("native", |x, n, layout, out| {

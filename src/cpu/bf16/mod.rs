@@ -3,13 +3,12 @@
 //! The sibling of [`gemm`](crate::cpu::gemm), cut up in the same way as most are: a block of b and in
 //! turn blocks of a are rounded and packed so that the kernel reads both in order, and the kernel keeps
 //! a tile of c in registers while it runs along k. A task has some rows of c and all of the packed k, so that
-//! they stay in its cache. All sizes are constants or follow from the shape: the same call gives the same bits
-//! on any number of threads.
+//! they stay in its cache. What decides the order of a sum is constant or follows from the shape: the same call
+//! gives the same bits on any number of threads.
 //!
-//! Only the kernel ([`x86`]) depends on the processor, and its bits are those of a twin in plain code
-//! ([`micro`] says in what order is summed), which the tests use everywhere. Where the instructions are missing,
-//! layers are computed in f32. The loop over k compiles to 3 loads, 8 broadcasts, 24 VDPBF16PS and 3
-//! instructions of control, in 28 registers and without spills.
+//! Only the kernel ([`x86`]) depends on the processor: AMX's tiles, or AVX512-BF16's vectors. The bits of each
+//! are those of a twin in plain code ([`micro`] says in what order is summed), which the tests use everywhere.
+//! Where no instructions are faster than f32's, layers are computed in f32.
 
 // Other processors' instructions are not used so far.
 #![cfg_attr(not(any(test, target_arch = "x86_64")), allow(dead_code))]
@@ -24,7 +23,7 @@ use crate::cpu::gemm::{Mat, MatMut, Onto, Threads, gemm_onto};
 use crate::cpu::parallel;
 use crate::device::{CpuDevice, Precision};
 use crate::error::Result;
-use micro::{COLS, DEPTH, LANES, MicroKernel, PAIRS, Packed, ROWS, Strip};
+use micro::{COLS, DEPTH, LANES, MicroKernel, PAIRS, Packed, Strip};
 
 /// Rows of a and c in one task, at most: their packed part of a is 72 KiB, for the second cache.
 const HEIGHT: usize = 96;
@@ -89,11 +88,13 @@ impl LayerGemm for f32 {
         {
             #[cfg(test)]
             if device.emulates_bf16() {
-                return product(micro::Emulated, device, alpha, a, b, onto, c);
+                return product(micro::Emulated::<8>(micro::Order::Pairs), device, alpha, a, b, onto, c);
             }
             #[cfg(target_arch = "x86_64")]
-            if let Some(kernel) = x86::Avx512::detect() {
-                return product(kernel, device, alpha, a, b, onto, c);
+            match x86::fastest() {
+                Some(x86::Fastest::Amx(kernel)) => return product(kernel, device, alpha, a, b, onto, c),
+                Some(x86::Fastest::Avx512(kernel)) => return product(kernel, device, alpha, a, b, onto, c),
+                None => {}
             }
         }
         gemm_onto(alpha, a, b, onto, c, Threads::Pool(device));
@@ -125,7 +126,7 @@ fn product<K: MicroKernel>(
     let (m, n, k) = (c.rows, c.cols, a.cols);
     assert!(m == 1 || c.row >= n * c.col, "result overlaps itself");
     let data = &mut c.data[..(m - 1) * c.row + (n - 1) * c.col + 1];
-    let (depth, height) = (pieces(k, DEPTH, 2 * LANES), height(m));
+    let (depth, height) = (pieces(k, DEPTH, 2 * LANES), height::<K>(m));
     // A single row may be longer than from one row to the next.
     let task = (height * c.row).max((n - 1) * c.col + 1);
     let deep = k.min(DEPTHS * depth);
@@ -142,7 +143,7 @@ fn product<K: MicroKernel>(
             let cost = height.min(m) * width * deep / 64;
             parallel::each(data.chunks_mut(task).collect(), cost, &|i, data| {
                 let (from, rows) = (i * height, height.min(m - i * height));
-                let mut packed_a = device.buffer::<u32>(rows.next_multiple_of(ROWS) * PAIRS + LANES)?;
+                let mut packed_a = device.buffer::<u32>(rows.next_multiple_of(K::ROWS) * PAIRS + LANES)?;
                 let c = MatMut { data, rows, cols: n, row: c.row, col: c.col }.columns(j, width);
                 let factors = (a.rows(from, rows), packed);
                 rows_of_c(kernel, alpha, factors, depth, aligned(&mut packed_a), onto, c);
@@ -153,9 +154,9 @@ fn product<K: MicroKernel>(
     Ok(())
 }
 
-/// Rows in one task: fewer where c has few, so that there are several tasks.
-fn height(m: usize) -> usize {
-    (m / 8).next_multiple_of(ROWS).clamp(2 * ROWS, HEIGHT)
+/// Rows in one task: fewer where c has few for the threads there are, but two strips of vectors at least.
+fn height<K: MicroKernel>(m: usize) -> usize {
+    (m / (4 * rayon::current_num_threads())).next_multiple_of(K::ROWS).clamp(16, HEIGHT)
 }
 
 /// The buffer from where a line of the cache begins: no load of 16 lanes takes two.
@@ -204,7 +205,7 @@ fn rows_of_c<K: MicroKernel>(
     for p in (0..a.cols).step_by(depth) {
         let depth = depth.min(a.cols - p);
         kernel.pack(a.columns(p, depth), a.rows, Packed { pair: 1, lane: PAIRS }, packed_a);
-        let packed_a = &packed_a[..a.rows.next_multiple_of(ROWS) * PAIRS];
+        let packed_a = &packed_a[..a.rows.next_multiple_of(K::ROWS) * PAIRS];
         let onto = if p == 0 { onto } else { Onto::Itself(1.0) };
         for (j, column) in packed_b.chunks_exact(a.cols.div_ceil(2) * COLS).enumerate() {
             let columns = j * COLS..c.cols.min((j + 1) * COLS);

@@ -1,12 +1,44 @@
 use super::*;
 use crate::device::Device;
 use crate::dtype::{BF16, Element};
+use micro::{Emulated, Order};
 use proptest::prelude::*;
 
 fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut words = vec![0; len];
     crate::random::words(seed, 0, 0, &mut words);
     words.into_iter().map(|word| crate::random::symmetric(word) as f32).collect()
+}
+
+/// A product by some kernel, on its device.
+type Product = fn(&Device, f32, Mat<'_, f32>, Mat<'_, f32>, Onto<'_, f32>, MatMut<'_, f32>) -> Result<()>;
+
+/// By emulation, in the order of vectors, and in that of tiles.
+const BY_PAIRS: Product =
+    |device, alpha, a, b, onto, c| product(Emulated::<8>(Order::Pairs), device.host(), alpha, a, b, onto, c);
+const BY_TILES: Product =
+    |device, alpha, a, b, onto, c| product(Emulated::<32>(Order::Tiles), device.host(), alpha, a, b, onto, c);
+
+/// The kernels of this processor, each with the emulation that has its bits.
+fn native() -> Vec<(&'static str, Product, Product)> {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+    let mut all: Vec<(_, Product, _)> = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if x86::Avx512::detect().is_some() {
+            let by: Product = |device, alpha, a, b, onto, c| {
+                product(x86::Avx512::detect().unwrap(), device.host(), alpha, a, b, onto, c)
+            };
+            all.push(("AVX512-BF16", by, BY_PAIRS));
+        }
+        if x86::Amx::detect().is_some() {
+            let by: Product = |device, alpha, a, b, onto, c| {
+                product(x86::Amx::detect().unwrap(), device.host(), alpha, a, b, onto, c)
+            };
+            all.push(("AMX", by, BY_TILES));
+        }
+    }
+    all
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -97,19 +129,20 @@ proptest! {
             each(&mut start, &|_, c| *c = f32::NAN);
         }
         naive(0.7, fa.view(&a), fb.view(&b), if bias { 1.0 } else { beta }, fc.view_mut(&mut want));
-        let (device, mut got) = (Device::cpu(), start.clone());
-        let c = fc.view_mut(&mut got);
-        product(micro::Emulated, device.host(), 0.7, fa.view(&a), fb.view(&b), onto, c).unwrap();
-        for (g, w) in got.iter().zip(&want) {
-            // Numbers below 1 in size, summed in f32.
-            prop_assert!((g - w).abs() < 2e-7 * (k as f32 + 10.0), "{g} {w}");
+        let device = Device::cpu();
+        let run = |by: Product| {
+            let mut got = start.clone();
+            by(&device, 0.7, fa.view(&a), fb.view(&b), onto, fc.view_mut(&mut got)).unwrap();
+            got
+        };
+        for by in [BY_PAIRS, BY_TILES] {
+            for (g, w) in run(by).iter().zip(&want) {
+                // Numbers below 1 in size, summed in f32.
+                prop_assert!((g - w).abs() < 2e-7 * (k as f32 + 10.0), "{g} {w}");
+            }
         }
-        #[cfg(target_arch = "x86_64")]
-        if let Some(native) = x86::Avx512::detect() {
-            let mut real = start;
-            let c = fc.view_mut(&mut real);
-            product(native, device.host(), 0.7, fa.view(&a), fb.view(&b), onto, c).unwrap();
-            prop_assert!(bits(&real) == bits(&got));
+        for (name, by, emulated) in native() {
+            prop_assert!(bits(&run(by)) == bits(&run(emulated)), "{name}");
         }
     }
 }
@@ -120,23 +153,15 @@ const CUT: [(usize, usize, usize); 3] = [(200, 3100, 50), (97, 100, 800), (333, 
 #[test]
 fn the_same_bits_on_any_number_of_threads() {
     let device = Device::cpu();
-    for (m, n, k) in CUT {
+    let all = [BY_PAIRS, BY_TILES].into_iter().chain(native().into_iter().map(|(_, by, _)| by));
+    for (by, (m, n, k)) in all.flat_map(|by| CUT.map(|cut| (by, cut))) {
         let (a, b) = (random(m * k, 1), random(k * n, 2));
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut c = vec![0.0; m * n];
             pool.install(|| {
                 let (a, b) = (Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
-                product(
-                    micro::Emulated,
-                    device.host(),
-                    1.0,
-                    a,
-                    b,
-                    Onto::Itself(0.0),
-                    MatMut::new(&mut c, m, n),
-                )
-                .unwrap();
+                by(&device, 1.0, a, b, Onto::Itself(0.0), MatMut::new(&mut c, m, n)).unwrap();
             });
             bits(&c)
         };
@@ -147,15 +172,15 @@ fn the_same_bits_on_any_number_of_threads() {
 
 /// Where the processor has the instructions they give the bits that the emulation gives, for all kinds
 /// of numbers. (Elsewhere there is nothing to compare; see the module's documentation.)
-#[cfg(target_arch = "x86_64")]
 #[test]
-fn the_instruction_gives_the_bits_of_its_emulation() {
-    let Some(native) = x86::Avx512::detect() else {
-        eprintln!("skipped: no AVX512-BF16 on this processor");
-        return;
-    };
-    let device = Device::cpu();
-    for (m, n, k) in CUT {
+fn instructions_give_the_bits_of_their_emulation() {
+    let (device, native) = (Device::cpu(), native());
+    if native.is_empty() {
+        eprintln!("skipped: no instructions for bf16 on this processor");
+    }
+    for ((m, n, k), (name, by, emulated_by)) in
+        CUT.into_iter().flat_map(|cut| native.iter().map(move |of| (cut, of)))
+    {
         // Of every size that a product leaves within f32, denormals included.
         let numbers = |len, seed| -> Vec<f32> {
             let scale = |i: usize| 2f32.powi(i as i32 * 7 % 126 - 63);
@@ -164,19 +189,10 @@ fn the_instruction_gives_the_bits_of_its_emulation() {
         };
         let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
         let (mut real, mut emulated) = (vec![0.5; m * n], vec![0.5; m * n]);
-        let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
-        product(native, device.host(), 1.5, a, b, Onto::Itself(1.0), MatMut::new(&mut real, m, n)).unwrap();
-        product(
-            micro::Emulated,
-            device.host(),
-            1.5,
-            a,
-            b,
-            Onto::Itself(1.0),
-            MatMut::new(&mut emulated, m, n),
-        )
-        .unwrap();
-        assert!(bits(&real) == bits(&emulated), "{m}×{n}×{k}");
+        let (a, b, onto) = (Mat::new(&a, m, k), Mat::new(&b, k, n), Onto::Itself(1.0));
+        by(&device, 1.5, a, b, onto, MatMut::new(&mut real, m, n)).unwrap();
+        emulated_by(&device, 1.5, a, b, onto, MatMut::new(&mut emulated, m, n)).unwrap();
+        assert!(bits(&real) == bits(&emulated), "{name}: {m}×{n}×{k}");
     }
 }
 
@@ -202,9 +218,34 @@ fn only_large_products_in_f32_are_rounded_and_only_where_asked() {
         assert_eq!(layer::<f32>(&bf16, m, n, k), layer::<f32>(&f32, m, n, k));
     }
     assert_eq!(layer::<f64>(&bf16, 64, 64, 30), layer::<f64>(&f32, 64, 64, 30));
-    if !Precision::Bf16.is_native() {
-        assert_eq!(layer::<f32>(&Device::with_precision(Precision::Bf16), 64, 64, 30), plain);
-    }
+}
+
+/// What a device computes layers in bf16 with: the tiles before all else, vectors where they are faster than f32.
+#[test]
+fn the_fastest_kernel_is_taken() {
+    #[cfg(not(target_arch = "x86_64"))]
+    let emulated: Option<Product> = None;
+    #[cfg(target_arch = "x86_64")]
+    let emulated = match x86::fastest() {
+        Some(x86::Fastest::Amx(_)) => Some(BY_TILES),
+        Some(x86::Fastest::Avx512(_)) => Some(BY_PAIRS),
+        None => None,
+    };
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(matches!(x86::fastest(), Some(x86::Fastest::Amx(_))), x86::Amx::detect().is_some());
+    assert_eq!(emulated.is_some(), Precision::Bf16.is_native());
+    let (m, n, k) = (70, 90, 50);
+    let got = layer::<f32>(&Device::with_precision(Precision::Bf16), m, n, k);
+    let want = match emulated {
+        None => layer::<f32>(&Device::cpu(), m, n, k),
+        Some(by) => {
+            let (a, b, mut c) = (random(m * k, 1), random(k * n, 2), random(m * n, 3));
+            let (a, b, device) = (Mat::new(&a, m, k), Mat::new(&b, k, n), Device::cpu());
+            by(&device, 1.0, a, b, Onto::Itself(0.5), MatMut::new(&mut c, m, n)).unwrap();
+            c
+        }
+    };
+    assert!(bits(&got) == bits(&want));
 }
 
 #[test]
