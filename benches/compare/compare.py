@@ -53,7 +53,7 @@ def arguments():
     parser.add_argument("--peak", type=float, help="of the device in f32, TFLOP/s: products are shown as shares of it")
     parser.add_argument("--only", choices=["layers", "steps"], help="one half of the table")
     parser.add_argument("--bf16", action="store_true",
-                        help="both in bf16, PEFT under autocast; without AVX512-BF16 its step takes minutes")
+                        help="both in bf16, PEFT under autocast; without AMX or AVX512-BF16 its step takes minutes")
     parser.add_argument("--sst2", metavar="DATA", help="train on SST-2 instead")
     parser.add_argument("--epochs", type=int, default=1, help="of SST-2 [%(default)s]")
     return parser.parse_args()
