@@ -105,6 +105,7 @@ fn unsafe_code_stays_where_it_is_explained() {
         with,
         [
             "cpu/bf16/x86/amx.rs",
+            "cpu/bf16/x86/avx512.rs",
             "cpu/bf16/x86/mod.rs",
             "cpu/bf16/x86/pack.rs",
             "cpu/fma/avx2.rs",

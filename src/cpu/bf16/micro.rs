@@ -36,7 +36,7 @@ pub(super) struct Strip<'a> {
 }
 
 /// The arithmetic of the product, as some processor has it. For each piece of k, a sum starts with 0 and goes
-/// along k in the [`Order`] of the kernel; then it is multiplied by alpha, and what it is put onto (for the first
+/// along k in the `Order` of the kernel; then it is multiplied by alpha, and what it is put onto (for the first
 /// piece times its factor) is added. Each of these steps rounds once. Denormal numbers in factors and sums of
 /// products are taken for 0.
 pub(super) trait MicroKernel: Copy + Send + Sync {

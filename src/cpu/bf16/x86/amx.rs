@@ -1,16 +1,14 @@
 //! The kernel in AMX's tiles, where the processor has them and the system lets a program use them.
 //!
 //! TDPBF16PS multiplies a tile of 16×16 pairs of a by one of b: 16,384 operations in 16 cycles, sixteen times what
-//! f32's vectors do. Factors are packed as for [`super`]'s: sixteen rows of packed a are a tile, and so are sixteen
-//! pairs of the columns of a panel. Its order is [`Order::Tiles`], with one rounding a step and denormal numbers
-//! taken for 0, whatever the processor's modes are. The loop over k alone, with the panel in the first cache and the
+//! f32's vectors do. Factors are packed as for [`Avx512`]: sixteen rows of packed a are a tile, and so are sixteen
+//! pairs of the columns of a panel. Its order is `Order::Tiles` (see [`micro`](crate::cpu::bf16::micro)), with one
+//! rounding a step and denormal numbers taken for 0, whatever the processor's modes are. The loop over k alone, with the panel in the first cache and the
 //! rows in the second, reaches 1.9 TFLOP/s on one thread (a Xeon, 2026-11-29); what is left of that in a product is
 //! reading, packing and writing matrices in f32.
 //!
 //! The compiler has no stable names for these instructions, so they are written as assembler, and knows of no
 //! tiles: they are set up and given back within [`multiply`], and no tile is alive outside of [`product`].
-//!
-//! [`Order::Tiles`]: crate::cpu::bf16::micro::Order
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;

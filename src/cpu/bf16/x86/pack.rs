@@ -11,7 +11,7 @@ use crate::cpu::simd::prefetch;
 /// Rows that memory is asked for before they are packed.
 const AHEAD: usize = 4;
 
-/// See [`MicroKernel::pack`](super::MicroKernel::pack).
+/// See [`MicroKernel::pack`](crate::cpu::bf16::micro::MicroKernel::pack).
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw")]
 pub(super) fn pack(x: Mat<'_, f32>, lanes: usize, layout: Packed, out: &mut [u32]) {
     let pairs = x.cols.div_ceil(2);
