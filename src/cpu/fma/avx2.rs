@@ -2,14 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::{AHEAD, Before, Kernel, Left, Right};
+use super::{AHEAD, Before, Kernel, Left, Right, copied};
 use crate::cpu::gemm::{Mat, Out};
 use crate::cpu::simd::prefetch_row;
 
 const STRIP: usize = 6;
 const WIDTH: usize = 16;
 
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, strip_rows: STRIP, pack, strip };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, copied: copied::<STRIP>, pack, strip };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")

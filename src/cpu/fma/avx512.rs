@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Before, Kernel, Left, Right, avx2};
+use super::{Before, Kernel, Left, Right, avx2, copied};
 use crate::cpu::gemm::{Mat, Out};
 use crate::cpu::simd::{prefetch, prefetch_row};
 
@@ -12,7 +12,7 @@ const WIDTH: usize = 32;
 /// second one, and Intel's processors do not fetch them early enough by themselves.
 const AHEAD: usize = 12;
 
-pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, strip_rows: STRIP, pack, strip };
+pub(super) const KERNEL: Kernel = Kernel { width: WIDTH, copied: copied::<STRIP>, pack, strip };
 
 pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx512f") && avx2::is_there()

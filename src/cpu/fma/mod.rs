@@ -92,8 +92,9 @@ struct Right {
 pub(super) struct Kernel {
     /// Columns of c that are held in registers: a row of a panel.
     width: usize,
-    /// Rows of c that are held in registers, at most: a divisor of [`ROWS`].
-    strip_rows: usize,
+    /// Copies at most [`ROWS`] rows of the left factor in strips of as many rows as are held in registers, at most: a
+    /// divisor of [`ROWS`].
+    copied: fn(a: Mat<'_, f32>, to: &mut Copied) -> Strips,
     /// Writes the columns of b, at most `width`, as a panel: a row of it holds a row of b, and zeros after it.
     pack: unsafe fn(b: Mat<'_, f32>, panel: &mut [f32]),
     /// c ← alpha·a·b + before for the first rows of c, which has at most `width` columns: as many as it holds
@@ -338,11 +339,11 @@ impl Panels<'_> {
         columns: Range<usize>,
     ) {
         let wide = self.kernel.width;
-        let mut copy = [const { MaybeUninit::uninit() }; COPY];
+        let mut copy: Copied = [const { MaybeUninit::uninit() }; ROWS * DEPTH];
         for start in (0..a.cols).step_by(self.depth) {
             let a = a.columns(start, self.depth.min(a.cols - start));
             let left = match a.col != 1 && columns.len() > REREAD * wide {
-                true => copied(a, self.kernel.strip_rows, &mut copy),
+                true => (self.kernel.copied)(a, &mut copy),
                 false => Strips {
                     first: Left { data: a.data.as_ptr(), row: a.row, col: a.col },
                     rows: ROWS,
@@ -388,37 +389,28 @@ impl Panels<'_> {
     }
 }
 
-/// Numbers that are moved at once.
-const MOVED: usize = 8;
-/// What strips of [`ROWS`] × [`DEPTH`] are copied to: after each there is room for what is moved with its last rows.
-const COPY: usize = ROWS * DEPTH + ROWS * MOVED;
+/// What strips of [`ROWS`] × [`DEPTH`] are copied to.
+type Copied = [MaybeUninit<f32>; ROWS * DEPTH];
 
-/// At most [`ROWS`] rows and [`DEPTH`] columns in strips of so many rows, column after column: the inner loop reads
-/// them from one end to the other.
-fn copied(a: Mat<'_, f32>, rows: usize, to: &mut [MaybeUninit<f32>; COPY]) -> Strips {
-    let next = rows * a.cols + MOVED;
+/// At most [`ROWS`] rows and [`DEPTH`] columns in strips of R rows, column after column: the inner loop reads them
+/// from one end to the other.
+fn copied<const R: usize>(a: Mat<'_, f32>, to: &mut Copied) -> Strips {
+    let next = R * a.cols;
     for j in 0..a.cols {
         let column = &a.data[j * a.col..];
         if a.row == 1 {
             prefetch_row(column.as_ptr().wrapping_add(AHEAD * a.col), a.rows);
         }
-        for (strip, first) in (0..a.rows).step_by(rows).enumerate() {
-            let to = &mut to[strip * next + j * rows..];
-            // Whole vectors: those too many are overwritten by the next column's.
-            if a.row == 1 && first + rows.next_multiple_of(MOVED) <= column.len() {
-                for i in (0..rows).step_by(MOVED) {
-                    let (to, from) = (&mut to[i..][..MOVED], &column[first + i..][..MOVED]);
-                    to.iter_mut().zip(from).for_each(|(to, &from)| _ = to.write(from));
-                }
-            } else {
-                let there = rows.min(a.rows - first);
-                for (i, to) in to.iter_mut().enumerate().take(there) {
-                    to.write(column[(first + i) * a.row]);
-                }
-            }
+        // By R numbers, which the compiler moves as vectors.
+        let (whole, _) = column[..if a.row == 1 { a.rows } else { 0 }].as_chunks::<R>();
+        for (strip, from) in whole.iter().enumerate() {
+            to[strip * next + j * R..][..R].copy_from_slice(&from.map(MaybeUninit::new));
+        }
+        for i in whole.len() * R..a.rows {
+            to[i / R * next + j * R + i % R].write(column[i * a.row]);
         }
     }
-    Strips { first: Left { data: to.as_ptr().cast(), row: 1, col: rows }, rows, next }
+    Strips { first: Left { data: to.as_ptr().cast(), row: 1, col: R }, rows: R, next }
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ fn twin() -> Kernel {
         }
         rows
     }
-    Kernel { width: 32, strip_rows: 12, pack, strip }
+    Kernel { width: 32, copied: copied::<12>, pack, strip }
 }
 
 fn kernels() -> impl Iterator<Item = Kernel> {
