@@ -1,22 +1,30 @@
 //! Random numbers as functions of a key and a position: nothing is drawn "next", so any part of a
 //! stream can be made alone, in any order, on any thread.
 //!
-//! The generator is ChaCha with 8 rounds, 64-bit counter and 64-bit stream number (Bernstein's
+//! The generator is ChaCha with 8 rounds (`chacha`), 64-bit counter and 64-bit stream number (Bernstein's
 //! layout). The key's 32 bytes are the seed as a little-endian u64, then zeros.
 //! A word is one little-endian u32 of the key stream. Every formula below uses only operations that
 //! IEEE 754 rounds correctly, so its result is the same on any machine.
 
-use chacha20::ChaCha8Rng;
-use chacha20::rand_core::{Rng, SeedableRng};
+mod chacha;
 
 /// The words `from..from + out.len()` of stream `stream` under the key made of `seed`.
 pub(crate) fn words(seed: u64, stream: u64, from: u64, out: &mut [u32]) {
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(key);
-    rng.set_stream(stream);
-    rng.set_word_pos(from as u128);
-    out.fill_with(|| rng.next_u32());
+    let mut made = [0; chacha::WORDS];
+    let (mut block, mut skipped) = (from / chacha::BLOCK as u64, (from % chacha::BLOCK as u64) as usize);
+    let mut rest = out;
+    while !rest.is_empty() {
+        let (now, after) = rest.split_at_mut((chacha::WORDS - skipped).min(rest.len()));
+        match <&mut [u32; chacha::WORDS]>::try_from(&mut *now) {
+            Ok(now) => chacha::blocks(seed, stream, block, now),
+            Err(_) => {
+                chacha::blocks(seed, stream, block, &mut made);
+                now.copy_from_slice(&made[skipped..][..now.len()]);
+            }
+        }
+        (rest, skipped) = (after, 0);
+        block = block.wrapping_add((chacha::WORDS / chacha::BLOCK) as u64);
+    }
 }
 
 /// One number out of two, every bit of which depends on every bit of both (the finaliser of

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 /// The layers from the bottom up. A module may import from its own line and from those before it.
 const LAYERS: &[&[&str]] = &[
-    &["error", "dtype", "shape", "random", "system"], // `error` shows shapes, `shape` returns errors.
+    &["error", "dtype", "shape", "system"], // `error` shows shapes, `shape` returns errors.
     &["opencl::runtime"],
     &["storage", "device"],
     &["cpu"],
+    &["random"],
     &["opencl"],
     &["tensor"],
     &["compute"],
