@@ -39,7 +39,11 @@ const PACKED_ALONE: usize = 1 << 16;
 const NARROW: usize = 128;
 /// Rows of c for which a right factor whose rows lie one after another is read as it lies, at most: packing it would
 /// cost more than it saves.
-const FEW: usize = 16;
+const FEW: usize = ROWS;
+/// The same where its rows are a multiple of [`PAGE`] apart: few lines of the caches are there for them all.
+const FEWER: usize = 16;
+/// Numbers in a page of memory.
+const PAGE: usize = 1024;
 /// Elements of such a factor that it is read as it lies for any number of rows, at most: it stays in the first cache.
 const NEAR: usize = 8192;
 /// Panels for which a left factor is read as it lies, at most, though the numbers of its rows are far apart.
@@ -192,7 +196,8 @@ impl Product<'_> {
     /// Whether packing the right factor would cost more than it saves. Its rows are then whole panels' rows.
     fn is_read_as_it_lies(&self) -> bool {
         let Product { kernel, b, c, .. } = self;
-        b.col == 1 && b.cols.is_multiple_of(kernel.width) && (c.rows <= FEW || b.rows * b.cols <= NEAR)
+        let few = if b.row.is_multiple_of(PAGE) { FEWER } else { FEW };
+        b.col == 1 && b.cols.is_multiple_of(kernel.width) && (c.rows <= few || b.rows * b.cols <= NEAR)
     }
 
     /// The product with the right factor packed, in the pool's memory or, if that has none, in the thread's.
