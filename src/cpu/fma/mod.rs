@@ -50,6 +50,9 @@ const NEAR: usize = 8192;
 const REREAD: usize = 2;
 /// Rows that lie far apart are asked for so many before they are read: the processor does not guess them.
 const AHEAD: usize = 16;
+/// Terms of a sum, at most, with which a strip is done before the rows of the next could come from memory: those after
+/// the next are asked for.
+const SHORT: usize = 64;
 /// Pieces of a product for each thread, at least: for one that comes late, or has a slower core. More would copy
 /// the left factor once more for each.
 const PIECES: usize = 4;
@@ -388,7 +391,12 @@ impl Panels<'_> {
                     ..a.first
                 };
                 let before = Before { data: before.data.add(row * before.row), ..before };
-                row += (self.kernel.strip)(alpha, a, panel, before, c.tile(row, 0, c.rows - row, c.cols));
+                let done = (self.kernel.strip)(alpha, a, panel, before, c.tile(row, 0, c.rows - row, c.cols));
+                if panel.rows <= SHORT && a.col == 1 {
+                    (done..2 * done)
+                        .for_each(|i| prefetch_row(a.data.wrapping_add((done + i) * a.row), panel.rows));
+                }
+                row += done;
             }
         }
     }
