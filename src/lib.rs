@@ -239,6 +239,7 @@ pub use opencl::runtime::{OpenClCounts, OpenClDevices, OpenClInfo};
 pub use ops::attention::AttentionOptions;
 pub use ops::dropout::DropoutKey;
 pub use ops::index::Ids;
+pub use ops::lora::lora_linear;
 pub use ops::randlora::{
     Bases, Form, Pairing, Plan, RandLoraOptions, Sizes, Structure, Wants, Way, randlora_linear,
 };

@@ -8,6 +8,7 @@ use crate::adapters::attach::{LayerInfo, Method, at_least_rank_1, each, finite_s
 use crate::error::Result;
 use crate::nn::{Context, LinearAdapter, Parameter};
 use crate::ops::dropout::check_rate;
+use crate::ops::lora::lora_linear;
 use crate::tensor::Tensor;
 
 /// LoRA's settings.
@@ -109,6 +110,15 @@ impl LinearAdapter for LoraAdapter {
     fn update(&self, x: &Tensor, _: &Tensor, ctx: &Context) -> Result<Tensor> {
         let dropped = ctx.dropout(x, self.dropout)?;
         low_rank(&dropped, &self.a.tensor(ctx), &self.b.tensor(ctx), self.scale)
+    }
+
+    /// One operation where both see the same x and the weight stays frozen.
+    fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+        let dropped = self.dropout != 0.0 && ctx.dropout_key().is_some();
+        if dropped || weight.is_tracked() {
+            return x.linear(weight, bias)?.add(&self.update(x, weight, ctx)?);
+        }
+        lora_linear(x, weight, bias, [&self.a.tensor(ctx), &self.b.tensor(ctx)], self.scale)
     }
 
     fn parameters(&self) -> Vec<(&'static str, &Parameter)> {

@@ -60,8 +60,8 @@ impl Op for Linear {
         let (x, w) = (x[0], x[1]);
         let dy_rows = compute::rows(dy)?;
         if dy.is_on_opencl() {
-            let dx = || compute::reshape(&cl_product(&dy_rows, w)?, *x.shape());
-            let dw = || cl_product(&compute::transpose(&dy_rows)?, &compute::rows(x)?);
+            let dx = || compute::reshape(&cl_product(1.0, &dy_rows, w)?, *x.shape());
+            let dw = || cl_product(1.0, &compute::transpose(&dy_rows)?, &compute::rows(x)?);
             let mut gradients = vec![need[0].then(dx).transpose()?, need[1].then(dw).transpose()?];
             gradients.extend((need.get(2) == Some(&true)).then(|| Some(dy.clone())));
             return Ok(gradients);
@@ -96,7 +96,7 @@ impl Op for Linear {
 /// x·Wᵀ + b for rows on an OpenCL device and a weight of any stored type but f64.
 pub(crate) fn cl_affine(rows: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let transposed = compute::transpose(w)?;
-    let Some(bias) = bias else { return cl_product(rows, &transposed) };
+    let Some(bias) = bias else { return cl_product(1.0, rows, &transposed) };
     let y = cl_rows_of(bias, rows.dims()[0])?;
     opencl::gemm::gemm(1.0, rows.cl()?, (transposed.cl()?, w.dtype()), 1.0, (y.cl()?.data, y.layout()))?;
     Ok(y)
@@ -110,11 +110,11 @@ pub(crate) fn cl_rows_of(row: &Tensor, count: usize) -> Result<Tensor> {
     Ok(Tensor::from_cl(y, DType::F32, shape, row.device()))
 }
 
-/// a·b for matrices on an OpenCL device, b of any stored type but f64.
-pub(crate) fn cl_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+/// alpha·a·b for matrices on an OpenCL device, b of any stored type but f64.
+pub(crate) fn cl_product(alpha: f64, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let shape = Shape::new(&[a.dims()[0], b.dims()[1]])?;
     let y = opencl::floats(a.cl()?.data.runtime(), shape.numel())?;
-    opencl::gemm::gemm(1.0, a.cl()?, (b.cl()?, b.dtype()), 0.0, (&y, &Layout::contiguous(shape)))?;
+    opencl::gemm::gemm(alpha, a.cl()?, (b.cl()?, b.dtype()), 0.0, (&y, &Layout::contiguous(shape)))?;
     Ok(Tensor::from_cl(y, DType::F32, shape, a.device()))
 }
 
@@ -129,7 +129,7 @@ fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tens
 }
 
 /// The number of outputs, if all fits together.
-fn check(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
+pub(super) fn check(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
     let &[outputs, inputs] = w.dims() else {
         return Err(Error::shape("linear", format!("the weight is {}, not (out, in)", w.shape())));
     };

@@ -15,6 +15,7 @@ pub(crate) mod dropout;
 pub(crate) mod fastfood;
 pub(crate) mod index;
 pub(crate) mod linear;
+pub(crate) mod lora;
 pub(crate) mod loss;
 pub(crate) mod matmul;
 pub(crate) mod norm;
@@ -40,6 +41,7 @@ pub(crate) fn cases() -> Vec<cases::Case> {
         fastfood::cases(),
         index::cases(),
         linear::cases(),
+        lora::cases(),
         matmul::cases(),
         randlora::cases(),
         random_sum::cases(),

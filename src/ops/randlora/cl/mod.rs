@@ -99,7 +99,7 @@ impl RandLora {
         }
         if let (Some(made), Some((p, key))) = (&dx, self.dropout) {
             // The mask is not for W0's part.
-            dx = Some(compute::accumulate(cl_masked(made, key, p)?, &cl_product(&dy_rows, x[1])?)?);
+            dx = Some(compute::accumulate(cl_masked(made, key, p)?, &cl_product(1.0, &dy_rows, x[1])?)?);
         }
         gradients[0] = dx.map(|dx| compute::reshape(&dx, *x[0].shape())).transpose()?;
         // The engine sums it over the rows.
@@ -110,7 +110,7 @@ impl RandLora {
     /// What the adapter's part of dx is added to: W0's part in the factored way, where no mask comes between.
     fn cl_start_of_dx(&self, weight: &Tensor, dy: &Tensor) -> Result<Tensor> {
         if self.plan.backward == Way::Factored && self.dropout.is_none() {
-            return cl_product(dy, weight);
+            return cl_product(1.0, dy, weight);
         }
         let shape = Shape::new(&[self.sizes.tokens, self.sizes.inputs])?;
         Tensor::zeros(shape, DType::F32, dy.device())
