@@ -16,6 +16,7 @@ pub(crate) fn words(seed: u64, stream: u64, from: u64, out: &mut [u32]) {
     while !rest.is_empty() {
         let (now, after) = rest.split_at_mut((chacha::WORDS - skipped).min(rest.len()));
         match <&mut [u32; chacha::WORDS]>::try_from(&mut *now) {
+            // Where all are wanted they are made in place, without a copy.
             Ok(now) => chacha::blocks(seed, stream, block, now),
             Err(_) => {
                 chacha::blocks(seed, stream, block, &mut made);
@@ -23,7 +24,7 @@ pub(crate) fn words(seed: u64, stream: u64, from: u64, out: &mut [u32]) {
             }
         }
         (rest, skipped) = (after, 0);
-        block = block.wrapping_add((chacha::WORDS / chacha::BLOCK) as u64);
+        block = block.wrapping_add(chacha::LANES as u64);
     }
 }
 
@@ -157,6 +158,20 @@ mod tests {
         assert_eq!(part, whole[41..50]);
         words(7, 4, 41, &mut part);
         assert_ne!(part, whole[41..50]);
+    }
+
+    /// From within a block and from its ends, less than what is made at once and more.
+    #[test]
+    fn parts_of_any_length_are_those_of_the_whole() {
+        let mut whole = [0; 1500];
+        whole.chunks_mut(1).enumerate().for_each(|(i, word)| words(7, 3, i as u64, word));
+        for from in [0, 1, 15, 16, 250, 256, 300] {
+            for n in [0, 1, 5, 256, 257, 600, 1000] {
+                let mut part = vec![0; n];
+                words(7, 3, from as u64, &mut part);
+                assert_eq!(part, whole[from..from + n], "{n} from {from}");
+            }
+        }
     }
 
     #[test]

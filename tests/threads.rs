@@ -7,7 +7,7 @@ use randlora::adapters::{BasesSpec, Distribution};
 use randlora::nn::Init;
 use randlora::{
     AttentionOptions, DType, Device, DropoutKey, Ids, Pairing, RandLoraOptions, Result, Structure, Tensor,
-    randlora_linear,
+    lora_linear, randlora_linear,
 };
 
 const THREADS: [usize; 4] = [1, 2, 3, 7];
@@ -47,9 +47,14 @@ fn program(seed: u64) -> Result<Vec<Tensor>> {
         1 => with_gradients(&[normal("x", &[a % 20 + 1, b, 40])?, normal("w", &[a % 20 + 1, c, 40])?], |x| {
             x[0].matmul(&x[1].t()?)
         }),
-        2 => with_gradients(&[x, normal("w", &[c, b])?, normal("b", &[c])?], |x| {
+        2 if seed % 20 < 10 => with_gradients(&[x, normal("w", &[c, b])?, normal("b", &[c])?], |x| {
             x[0].linear(&x[1], Some(&x[2]))
         }),
+        2 => {
+            let (w, rank) = (normal("w", &[c, b])?, d % 30 + 1);
+            let inputs = [x, normal("a", &[rank, b])?, normal("b", &[c, rank])?];
+            with_gradients(&inputs, |x| lora_linear(&x[0], &w, None, [&x[1], &x[2]], 0.3))
+        }
         3 => {
             let ternary = Distribution::Ternary { sparsity: 16.0 };
             let spec = BasesSpec {

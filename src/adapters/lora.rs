@@ -112,11 +112,12 @@ impl LinearAdapter for LoraAdapter {
         low_rank(&dropped, &self.a.tensor(ctx), &self.b.tensor(ctx), self.scale)
     }
 
-    /// One operation where both see the same x and the weight stays frozen.
+    /// One operation, which has one x for both and no gradient for the weight; where dropout makes two of it or the
+    /// weight is trained too, a sum.
     fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
         let dropped = self.dropout != 0.0 && ctx.dropout_key().is_some();
         if dropped || weight.is_tracked() {
-            return x.linear(weight, bias)?.add(&self.update(x, weight, ctx)?);
+            return self.beside(x, weight, bias, ctx);
         }
         lora_linear(x, weight, bias, [&self.a.tensor(ctx), &self.b.tensor(ctx)], self.scale)
     }

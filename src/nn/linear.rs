@@ -27,6 +27,11 @@ pub trait LinearAdapter: Any + Debug + Send + Sync + CloneAdapter {
     /// The layer's output: x (…, in) to (…, out), for the layer's weight (out, in) and bias (out). An adapter
     /// that can fuse its update with the frozen product does so here.
     fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
+        self.beside(x, weight, bias, ctx)
+    }
+
+    /// The same, always as the sum of the frozen layer's output and the update.
+    fn beside(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, ctx: &Context) -> Result<Tensor> {
         x.linear(weight, bias)?.add(&self.update(x, weight, ctx)?)
     }
 

@@ -29,7 +29,7 @@ impl Op for Linear {
 
     fn forward(&self, x: &[&Tensor]) -> Result<(Tensor, Vec<Tensor>)> {
         let (x, w, bias) = (x[0], x[1], x.get(2));
-        let outputs = check(x, w, bias.copied())?;
+        let outputs = check("linear", x, w, bias.copied())?;
         let shape = x.shape().with_dim(x.rank() - 1, outputs)?;
         let rows = compute::rows(x)?;
         if x.is_on_opencl() {
@@ -118,8 +118,8 @@ pub(crate) fn cl_product(alpha: f64, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_cl(y, DType::F32, shape, a.device()))
 }
 
-/// dyᵀ·x.
-fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+/// dyᵀ·x, in the shape of w.
+pub(super) fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let mut dw = w.device().host().buffer::<T>(w.numel())?;
     let to = MatMut::new(&mut dw, w.dims()[0], w.dims()[1]);
     let dy = matrix(dy.host::<T>()?, dy.layout(), dy.layout().offset());
@@ -129,9 +129,9 @@ fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tens
 }
 
 /// The number of outputs, if all fits together.
-pub(super) fn check(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
+pub(super) fn check(op: &'static str, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<usize> {
     let &[outputs, inputs] = w.dims() else {
-        return Err(Error::shape("linear", format!("the weight is {}, not (out, in)", w.shape())));
+        return Err(Error::shape(op, format!("the weight is {}, not (out, in)", w.shape())));
     };
     match x.dims().last() {
         Some(&width) if width == inputs => {}
@@ -142,18 +142,18 @@ pub(super) fn check(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<usi
                 x.shape(),
                 w.shape()
             );
-            return Err(Error::shape("linear", message));
+            return Err(Error::shape(op, message));
         }
         None => {
-            return Err(Error::shape("linear", "a number has no features: give x at least one dimension"));
+            return Err(Error::shape(op, "a number has no features: give x at least one dimension"));
         }
     }
     if let Some(bias) = bias {
-        compute::same_dtype("linear", x, bias)?;
+        compute::same_dtype(op, x, bias)?;
         if bias.dims() != [outputs] {
             let message =
                 format!("the bias is {} where the weight {} wants [{outputs}]", bias.shape(), w.shape());
-            return Err(Error::shape("linear", message));
+            return Err(Error::shape(op, message));
         }
     }
     Ok(outputs)
@@ -267,8 +267,9 @@ impl Tensor {
     }
 }
 
+/// A made-up weight of this stored type.
 #[cfg(test)]
-fn stored(rows: usize, cols: usize, dtype: DType) -> Tensor {
+pub(super) fn stored(rows: usize, cols: usize, dtype: DType) -> Tensor {
     let mut words = vec![0; rows * cols];
     crate::random::words(7, 0, 0, &mut words);
     let values = words.into_iter().map(crate::random::symmetric).collect();

@@ -8,7 +8,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::opencl;
-use crate::ops::linear::{self, cl_affine, cl_product, frozen_backward, frozen_forward};
+use crate::ops::linear::{self, cl_affine, cl_product, frozen_backward, frozen_forward, weight_gradient};
 use crate::ops::matmul::matrix;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
@@ -85,17 +85,18 @@ impl Op for Lora {
 impl Lora {
     /// y and h for rows of x.
     fn host_forward<T: Float>(&self, rows: &Tensor, x: &[&Tensor]) -> Result<(Tensor, Tensor)> {
-        let (host, [t, outputs, rank]) = (rows.device().host(), sizes(rows, x));
-        let (left, a, b) = (view::<T>(rows)?, view::<T>(x[A])?, view::<T>(x[B])?);
+        let host = rows.device().host();
+        let [t, outputs, rank] = [rows, x[W], x[A]].map(|x| x.dims()[0]);
+        let (tokens, a, b) = (view::<T>(rows)?, view::<T>(x[A])?, view::<T>(x[B])?);
         let bias = x.get(BIAS).map(|bias| compute::contiguous(bias)).transpose()?;
         let onto = match &bias {
             Some(bias) => Onto::Row(bias.elements::<T>()?),
             None => Onto::NOTHING,
         };
         let (mut h, mut y) = (host.buffer::<T>(t * rank)?, host.buffer::<T>(t * outputs)?);
-        let scale = T::from_f64(self.scale);
-        T::layer_gemm(host, scale, left, a.t(), Onto::NOTHING, MatMut::new(&mut h, t, rank))?;
-        frozen_forward(left, x[W], MatMut::new(&mut y, t, outputs), onto)?;
+        T::layer_gemm(host, T::ONE, tokens, a.t(), Onto::NOTHING, MatMut::new(&mut h, t, rank))?;
+        self.times_scale(&mut h);
+        frozen_forward(tokens, x[W], MatMut::new(&mut y, t, outputs), onto)?;
         let low = Mat::new(&h, t, rank);
         T::layer_gemm(host, T::ONE, low, b.t(), Onto::Itself(T::ONE), MatMut::new(&mut y, t, outputs))?;
         let tensor = |data, columns| -> Result<Tensor> {
@@ -112,37 +113,35 @@ impl Lora {
         dy: &Tensor,
         need: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        let (host, [t, outputs, rank]) = (dy.device().host(), sizes(dy, x));
-        let (inputs, right) = (x[W].dims()[1], view::<T>(dy)?);
-        let tensor = |data, shape| Some(Tensor::from_buffer(data, shape, dy.device()));
         let mut gradients = vec![None, None, None, None];
         if need[X] || need[A] {
-            let mut z = host.buffer::<T>(t * rank)?;
-            let scale = T::from_f64(self.scale);
-            let to = MatMut::new(&mut z, t, rank);
-            T::layer_gemm(host, scale, right, view(x[B])?, Onto::NOTHING, to)?;
-            let z = Mat::new(&z, t, rank);
+            let z = self.host_z::<T>(dy, x[B])?;
             if need[X] {
-                let mut dx = host.buffer::<T>(t * inputs)?;
-                frozen_backward(right, x[W], MatMut::new(&mut dx, t, inputs), T::ZERO)?;
-                let to = MatMut::new(&mut dx, t, inputs);
-                T::layer_gemm(host, T::ONE, z, view(x[A])?, Onto::Itself(T::ONE), to)?;
-                gradients[X] = tensor(dx, *x[X].shape());
+                gradients[X] = Some(dx::<T>(x, dy, &z)?);
             }
             if need[A] {
-                let (mut da, rows) = (host.buffer::<T>(rank * inputs)?, compute::rows(x[X])?);
-                let to = MatMut::new(&mut da, rank, inputs);
-                T::layer_gemm(host, T::ONE, z.t(), view(&rows)?, Onto::NOTHING, to)?;
-                gradients[A] = tensor(da, *x[A].shape());
+                gradients[A] = Some(weight_gradient::<T>(&z, &compute::rows(x[X])?, x[A])?);
             }
         }
         if need[B] {
-            let mut db = host.buffer::<T>(outputs * rank)?;
-            let to = MatMut::new(&mut db, outputs, rank);
-            T::layer_gemm(host, T::ONE, right.t(), view(h)?, Onto::NOTHING, to)?;
-            gradients[B] = tensor(db, *x[B].shape());
+            gradients[B] = Some(weight_gradient::<T>(dy, h, x[B])?);
         }
         Ok(gradients)
+    }
+
+    /// z = s·dy·B.
+    fn host_z<T: Float>(&self, dy: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let (host, t, rank) = (dy.device().host(), dy.dims()[0], b.dims()[1]);
+        let mut z = host.buffer::<T>(t * rank)?;
+        T::layer_gemm(host, T::ONE, view(dy)?, view(b)?, Onto::NOTHING, MatMut::new(&mut z, t, rank))?;
+        self.times_scale(&mut z);
+        Ok(Tensor::from_buffer(z, Shape::new(&[t, rank])?, dy.device()))
+    }
+
+    /// After the product: as a factor within it, it would be rounded once for each part of the sums.
+    fn times_scale<T: Float>(&self, low: &mut [T]) {
+        let scale = T::from_f64(self.scale);
+        low.iter_mut().for_each(|low| *low = *low * scale);
     }
 
     fn cl_forward(&self, rows: &Tensor, x: &[&Tensor]) -> Result<(Tensor, Tensor)> {
@@ -177,19 +176,24 @@ fn cl_add_product(a: &Tensor, b: &Tensor, y: &Tensor) -> Result<()> {
     opencl::gemm::gemm(1.0, a.cl()?, (b.cl()?, b.dtype()), 1.0, (y.cl()?.data, y.layout()))
 }
 
+/// dy·W + z·A, in the shape of x.
+fn dx<T: Float>(x: &[&Tensor], dy: &Tensor, z: &Tensor) -> Result<Tensor> {
+    let (host, t, inputs) = (dy.device().host(), dy.dims()[0], x[W].dims()[1]);
+    let mut dx = host.buffer::<T>(t * inputs)?;
+    frozen_backward(view(dy)?, x[W], MatMut::new(&mut dx, t, inputs), T::ZERO)?;
+    let to = MatMut::new(&mut dx, t, inputs);
+    T::layer_gemm(host, T::ONE, view(z)?, view(x[A])?, Onto::Itself(T::ONE), to)?;
+    Ok(Tensor::from_buffer(dx, *x[X].shape(), dy.device()))
+}
+
 /// The matrix that a tensor of two dimensions is.
 fn view<T: Float>(x: &Tensor) -> Result<Mat<'_, T>> {
     Ok(matrix(x.host()?, x.layout(), x.layout().offset()))
 }
 
-/// t, the number of outputs, and r.
-fn sizes(rows: &Tensor, x: &[&Tensor]) -> [usize; 3] {
-    [rows.dims()[0], x[W].dims()[0], x[A].dims()[0]]
-}
-
 /// The number of outputs, if all fits together.
 fn check(x: &[&Tensor]) -> Result<usize> {
-    let outputs = linear::check(x[X], x[W], x.get(BIAS).copied())?;
+    let outputs = linear::check("lora", x[X], x[W], x.get(BIAS).copied())?;
     let inputs = x[W].dims()[1];
     for other in [x[A], x[B]] {
         compute::same_dtype("lora", x[X], other)?;
@@ -208,10 +212,10 @@ fn check(x: &[&Tensor]) -> Result<usize> {
     }
 }
 
-/// A linear layer with LoRA (Hu et al., 2021), y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ: x (…, in), the frozen weight W (out, in),
-/// which may be stored as bf16 or f16, the bias b (out), A (r, in) and B (out, r) give (…, out).
+/// A linear layer with LoRA (Hu et al., 2021), y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ: x (…, in), the frozen weight W
+/// (out, in), which may be stored as bf16 or f16, the bias b (out), A (r, in) and B (out, r) give (…, out).
 ///
-/// The same as two linear layers more and a sum, to the bit, without the passes over y and dx that those need.
+/// The same as two linear layers more and a sum, without the passes over y and dx that those need.
 ///
 /// ```
 /// use randlora::{Device, Tensor, lora_linear};
@@ -240,7 +244,8 @@ pub fn lora_linear(
     scale: f64,
 ) -> Result<Tensor> {
     if weight.is_tracked() {
-        let message = "its weight stays frozen: for one that is trained too add `x.linear(a)…linear(b)` to `x.linear(weight)`";
+        let message = "its weight stays frozen: to train that too, add `x.linear(a, None)?.linear(b, None)?` to \
+                       what `x.linear(weight, bias)?` gives";
         return Err(Error::Frozen { op: "lora", message: message.into() });
     }
     let op = Lora { scale };
@@ -254,6 +259,7 @@ pub fn lora_linear(
 pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
     use crate::cpu::naive::Naive;
     use crate::ops::cases::Case;
+    use crate::ops::linear::stored;
     let naive = |scale: f64, x: &[Naive]| {
         let (w, a, b) = (&x[W], &x[A], &x[B]);
         let mut dims = x[X].dims.clone();
@@ -270,7 +276,21 @@ pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
     let run = |scale| move |x: &[&Tensor]| lora_linear(x[X], x[W], x.get(BIAS).copied(), [x[A], x[B]], scale);
     let frozen =
         |name, inputs, scale| Case::new(name, inputs, run(scale), move |x| naive(scale, x)).frozen(W);
+    let narrow = |name, dtype| {
+        let run = move |x: &[&Tensor]| {
+            let weight = stored(5, x[0].dims()[1], dtype).to_device(x[0].device())?;
+            lora_linear(x[0], &weight, Some(x[3]), [x[1], x[2]], 0.5)
+        };
+        Case::new(name, &["t n", "r n", "5 r", "5"], run, move |x| {
+            let w = stored(5, x[0].dims[1], dtype);
+            let data = w.to_dtype(DType::F64).and_then(|w| w.to_vec()).expect("f64");
+            let w = Naive { dims: w.dims().to_vec(), data };
+            naive(0.5, &[x[0].clone(), w, x[1].clone(), x[2].clone(), x[3].clone()])
+        })
+    };
     vec![
+        narrow("lora, bf16 weight", DType::BF16),
+        narrow("lora, f16 weight", DType::F16),
         frozen("lora", &["a b n", "m n", "r n", "m r", "m"], 1.5),
         frozen("lora, no bias", &["a n", "m n", "r n", "m r"], -0.5),
         frozen("lora, one vector", &["n", "m n", "r n", "m r", "m"], 1.0),
@@ -289,20 +309,23 @@ mod tests {
         Tensor::from_vec::<f64>(values, dims, &Device::cpu())?.to_dtype(dtype)
     }
 
-    /// The bits of the same layer made of linear layers and a sum, for every stored type of the weight.
+    /// The bits of the same layer made of linear layers and a sum, for every stored type of the weight, with sums
+    /// that go by parts.
     #[test]
     fn the_same_bits_as_its_parts() -> Result<()> {
+        let (t, inputs, outputs, rank) = (70, 800, 900, 8);
         for dtype in [DType::F32, DType::BF16, DType::F16] {
-            let dims: [&[usize]; 5] = [&[70, 48], &[96, 48], &[8, 48], &[96, 8], &[96]];
-            let [x, w, a, b, bias] = [0, 1, 2, 3, 4].map(|i| made(dims[i], i as u64, DType::F32));
-            let (x, a, b, bias) = (x?.track(), a?.track(), b?.track(), bias?.track());
-            let (w, dy) = (w?.to_dtype(dtype)?, made(&[70, 96], 9, DType::F32)?);
+            let dims = [[t, inputs], [outputs, inputs], [rank, inputs], [outputs, rank], [1, outputs]];
+            let [x, w, a, b, bias] = [0, 1, 2, 3, 4].map(|i| made(&dims[i], i as u64, DType::F32));
+            let (x, a, b, bias) = (x?.track(), a?.track(), b?.track(), bias?.reshape([outputs])?.track());
+            let (w, dy) = (w?.to_dtype(dtype)?, made(&[t, outputs], 9, DType::F32)?);
             let bits = |y: Tensor| -> Result<Vec<Vec<f32>>> {
                 let gradients = y.backward_from(&dy)?;
                 let all = [&x, &a, &b, &bias].map(|x| gradients.of(x)?.to_vec());
                 [y.to_vec()].into_iter().chain(all).collect()
             };
-            let parts = x.linear(&w, Some(&bias))?.add(&x.linear(&a, None)?.scale(0.7)?.linear(&b, None)?)?;
+            let low = x.linear(&a, None)?.scale(0.7)?.linear(&b, None)?;
+            let parts = x.linear(&w, Some(&bias))?.add(&low)?;
             assert_eq!(bits(lora_linear(&x, &w, Some(&bias), [&a, &b], 0.7)?)?, bits(parts)?, "{dtype}");
         }
         Ok(())

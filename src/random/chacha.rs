@@ -14,7 +14,7 @@ use crate::cpu::simd::{Kernel, vectorize};
 /// The words of a block.
 pub(super) const BLOCK: usize = 16;
 /// The blocks that are made at once: as many as the widest vectors have lanes.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// The words that are made at once.
 pub(super) const WORDS: usize = BLOCK * LANES;
 
@@ -33,6 +33,7 @@ struct Blocks<'a> {
 }
 
 impl Kernel for Blocks<'_> {
+    // For numbers of 32 bits, of which u32 is none that tensors hold: the widest vectors.
     type Element = f32;
     type Out = ();
     #[inline(always)]
@@ -103,8 +104,8 @@ fn quarter_round(state: &mut [u32; BLOCK], a: usize, b: usize, c: usize, d: usiz
 mod tests {
     use super::*;
 
-    /// The published test vector for a key of 256 zero bits, 8 rounds (eSTREAM; draft-strombergson-chacha-test-vectors,
-    /// TC1).
+    /// The published test vector for a key of 256 zero bits, 8 rounds (eSTREAM;
+    /// draft-strombergson-chacha-test-vectors, TC1).
     #[test]
     fn published_words() {
         let mut out = [0; WORDS];
@@ -116,6 +117,16 @@ mod tests {
                       5032ec38bbc5da98ee0c6f568b872a65a08abf251deb21bb4b56e5d8821e68aa";
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(hex[..256], format!("{first}{second}"));
+    }
+
+    /// Words of tests/oracle/bases.py, whose formulas are plain Python: where the seed, the stream and both halves of
+    /// the block's number go.
+    #[test]
+    fn words_of_another_hand() {
+        let mut out = [0; WORDS];
+        blocks(0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210, (1 << 32) + 5, &mut out);
+        assert_eq!(out[..4], [0x917c_9e2a, 0x8a4f_20e9, 0xb33c_8b78, 0x63cd_4d16]);
+        assert_eq!(out[12..16], [0x6c18_76c5, 0x2063_2bf0, 0xbe58_582c, 0x744c_fe8c]);
     }
 
     /// Every lane's block is the one that plain code gives; numbers of blocks beyond 32 bits too.

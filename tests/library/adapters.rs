@@ -106,6 +106,26 @@ fn every_method_passes_gradcheck_as_a_layer() {
     });
 }
 
+/// Whose layer LoRA has one operation for is the frozen weight; with a trained one it is a sum, with or without dropout.
+#[test]
+fn lora_beside_a_trained_weight_and_bias() {
+    for (sizes, dropout) in SIZES.into_iter().flat_map(|sizes| [(sizes, 0.0), (sizes, 0.4)]) {
+        let method = Lora { rank: 3, scale: 0.7, dropout, seed: 5 };
+        let mut layer = attached(&method, sizes, DType::F64);
+        stir(&mut layer);
+        let (x, train) = (normal("x", &[2, 3, sizes.0], DType::F64), Context::train(3, 4));
+        let frozen = layer.forward(&x, &train).unwrap();
+        layer.set_trainable(true);
+        assert_eq!(
+            layer.trainable_count(),
+            layer.parameters().iter().map(|(_, p)| p.value().numel()).sum::<usize>()
+        );
+        assert!(far(&layer.forward(&x, &train).unwrap(), &frozen) < 1e-14);
+        gradcheck::model(&mut layer, |layer, _| layer.forward(&x, &train)?.tanh())
+            .unwrap_or_else(|error| panic!("{sizes:?}, dropout {dropout}: {error}"));
+    }
+}
+
 /// With dropout the mask belongs to the context: it is the same in every evaluation.
 #[test]
 fn gradients_are_right_under_dropout() {

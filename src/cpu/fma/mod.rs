@@ -99,8 +99,7 @@ struct Right {
 pub(super) struct Kernel {
     /// Columns of c that are held in registers: a row of a panel.
     width: usize,
-    /// Copies at most [`ROWS`] rows of the left factor in strips of as many rows as are held in registers, at most: a
-    /// divisor of [`ROWS`].
+    /// [`copied`] in strips of as many rows of c as are held in registers.
     copied: fn(a: Mat<'_, f32>, to: &mut Copied) -> Strips,
     /// Writes the columns of b, at most `width`, as a panel: a row of it holds a row of b, and zeros after it.
     pack: unsafe fn(b: Mat<'_, f32>, panel: &mut [f32]),
@@ -392,9 +391,11 @@ impl Panels<'_> {
                 };
                 let before = Before { data: before.data.add(row * before.row), ..before };
                 let done = (self.kernel.strip)(alpha, a, panel, before, c.tile(row, 0, c.rows - row, c.cols));
+                // For every panel alike: with so few terms there are few panels, and asking again costs little.
                 if panel.rows <= SHORT && a.col == 1 {
-                    (done..2 * done)
-                        .for_each(|i| prefetch_row(a.data.wrapping_add((done + i) * a.row), panel.rows));
+                    for i in 2 * done..3 * done {
+                        prefetch_row(a.data.wrapping_add(i * a.row), panel.rows);
+                    }
                 }
                 row += done;
             }
@@ -408,6 +409,7 @@ type Copied = [MaybeUninit<f32>; ROWS * DEPTH];
 /// At most [`ROWS`] rows and [`DEPTH`] columns in strips of R rows, column after column: the inner loop reads them
 /// from one end to the other.
 fn copied<const R: usize>(a: Mat<'_, f32>, to: &mut Copied) -> Strips {
+    const { assert!(ROWS.is_multiple_of(R), "the last strip would not fit") };
     let next = R * a.cols;
     for j in 0..a.cols {
         let column = &a.data[j * a.col..];

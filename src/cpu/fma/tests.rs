@@ -94,6 +94,7 @@ fn every_kernel_equals_the_slow_twin() {
         (13, 704, 800),
         (20, 16, 50),
         (40, 64, 100),
+        (46, 96, 450),
         (50, 33, 385),
         (97, 300, 17),
     ];
@@ -127,6 +128,25 @@ fn every_kernel_equals_the_slow_twin() {
                     assert_eq!(got, run(Threads::Pool(cpu.host())), "{shape:?} {left:?} {right:?} {of_c:?}");
                 }
             }
+        }
+    }
+}
+
+/// Rows of the right factor that are whole pages apart, which more than a few rows of the left one have packed.
+#[test]
+fn rows_of_whole_pages_give_the_same() {
+    let (n, k) = (PAGE, 20);
+    let (a, b) = (narrow(&random(FEW * k, 1)), narrow(&random(k * n, 2)));
+    for (kernel, m) in kernels().flat_map(|kernel| [FEWER, FEW].map(|m| (kernel, m))) {
+        let (a, b) = (Mat::new(&a[..m * k], m, k), Mat::new(&b[..], k, n));
+        let mut c = vec![f32::NAN; m * n];
+        let out = Out { data: c.as_mut_ptr(), rows: m, cols: n, row: n, col: 1 };
+        // SAFETY: the matrices are as large as their slices, and the processor has the kernel.
+        assert!(unsafe { kernel.product(Threads::One, 1.0, a, b, Onto::NOTHING, out) });
+        for (at, &got) in c.iter().enumerate() {
+            let terms = (0..k).map(|l| a.data[at / n * k + l] as f64 * b.data[l * n + at % n] as f64);
+            let want: f64 = terms.sum();
+            assert!((got as f64 - want).abs() < 1e-5, "{m} rows, {at}: {got} {want}");
         }
     }
 }

@@ -7,7 +7,7 @@
 //! always on the smaller side.
 //!
 //! The gradients are those of λ, γ, x and b. Neither ΔW nor its gradient ever exists whole: each is
-//! worked off in panels or blocks of about 4 MiB, in one of two ways that [`Plan`] chooses by
+//! worked off in panels or blocks of 4 or 5 MiB, in one of two ways that [`Plan`] chooses by
 //! their cost. The algebra is in `layer`, the ways are in `panel` and `factored`; what is multiplied with the
 //! Bᵢ is in `whole`, for dense and for ternary bases, and in `block`, for block bases ([`Structure::Block`]).
 //!

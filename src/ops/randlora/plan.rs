@@ -83,8 +83,10 @@ pub struct Plan {
     pub chunk: usize,
 }
 
-/// Elements in one panel or block: 5 MiB of f32, with which 768 columns of 3072 are two. Two or three are held at a time.
-const PIECE: usize = 5 << 18;
+/// Elements in a panel: 5 MiB of f32, with which 768 columns of 3072 are two of them.
+const PANEL: usize = 5 << 18;
+/// Elements in a block of the factored way: 4 MiB, of which up to four are held, with what comes of the tokens.
+const BLOCK: usize = 1 << 20;
 /// Rows of the input in a chunk, where nothing narrower is wanted.
 const CHUNK: usize = 4096;
 /// What adding a number by a list costs, in multiply-adds of a product.
@@ -116,25 +118,26 @@ impl Plan {
     /// The plan with these ways, whatever they cost.
     pub fn forced(sizes: Sizes, wants: Wants, form: impl Into<Form>, forward: Way, backward: Way) -> Plan {
         // At least two pieces, or a small layer's ΔW would exist whole.
-        let piece = |other: usize, all: usize| {
-            let fits = PIECE / other.max(1) / 32 * 32;
+        let piece = |elements: usize, other: usize, all: usize| {
+            let fits = elements / other.max(1) / 32 * 32;
             fits.max(32).min(all.div_ceil(2)).max(1)
         };
+        let block = piece(BLOCK, sizes.small(), sizes.columns());
         let wide = sizes.inputs > sizes.outputs;
         let factored = (forward, backward) == (Way::Factored, Way::Factored);
         // With a rank above m it would be wider than x.
         let keep_h = wide && wants.diagonals && factored && sizes.columns() <= sizes.inputs;
         // With dropout a chunk of the input is copied.
-        let chunk = if wants.dropout { (PIECE / sizes.inputs.max(1)).clamp(16, CHUNK) } else { CHUNK };
+        let chunk = if wants.dropout { (BLOCK / sizes.inputs.max(1)).clamp(16, CHUNK) } else { CHUNK };
         Plan {
             forward,
             backward,
             keep_h,
             form: form.into(),
-            panel: piece(sizes.large().max(sizes.columns()), sizes.small()),
-            rows: piece(sizes.small(), sizes.large()),
-            block: piece(sizes.small(), sizes.columns()),
-            chunk: chunk.min((2 * PIECE / piece(sizes.small(), sizes.columns())).max(16)),
+            panel: piece(PANEL, sizes.large().max(sizes.columns()), sizes.small()),
+            rows: piece(PANEL, sizes.small(), sizes.large()),
+            block,
+            chunk: chunk.min((2 * BLOCK / block).max(16)),
         }
     }
 
@@ -257,7 +260,9 @@ mod tests {
 
     #[test]
     fn no_piece_holds_the_whole_and_all_fit() {
-        for (inputs, outputs) in [(768, 768), (2, 9), (9, 2), (8192, 8192), (64, 8192), (3072, 768), (1, 1)] {
+        let shapes = [(768, 768), (2, 9), (9, 2), (8192, 8192), (64, 8192), (3072, 768), (1, 1)];
+        let between = [(1280, 1280), (1600, 1600), (2048, 2048), (2048, 8192), (8192, 2048), (3072, 3072)];
+        for (inputs, outputs) in shapes.into_iter().chain(between) {
             let sizes = Sizes { tokens: 100_000, inputs, outputs, rank: 16 };
             let forms = [Form::Dense, Form::Block, Form::Ternary { share: 0.05 }];
             for (dropout, form) in [false, true].into_iter().flat_map(|d| forms.map(|f| (d, f))) {
