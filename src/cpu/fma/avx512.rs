@@ -28,34 +28,49 @@ unsafe fn pack(b: Mat<'_, f32>, panel: &mut [f32]) {
 unsafe fn strip(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
     // SAFETY: the caller's.
     unsafe {
-        match c.rows {
-            STRIP.. if (a.row, a.col) == (1, STRIP) => rows::<STRIP, true>(alpha, a, b, before, c),
-            STRIP.. => rows::<STRIP, false>(alpha, a, b, before, c),
-            8.. => rows::<8, false>(alpha, a, b, before, c),
-            6.. => rows::<6, false>(alpha, a, b, before, c),
-            4.. => rows::<4, false>(alpha, a, b, before, c),
-            3 => rows::<3, false>(alpha, a, b, before, c),
-            2 => rows::<2, false>(alpha, a, b, before, c),
-            _ => rows::<1, false>(alpha, a, b, before, c),
+        match c.cols {
+            ..=16 => lines::<1>(alpha, a, b, before, c),
+            _ => lines::<2>(alpha, a, b, before, c),
         }
     }
 }
 
-/// [`strip`] for R rows; COPIED if R numbers of a lie beside each other, and then the next: their places are constants
-/// then, and no arithmetic of addresses competes with the products for the processor's ports.
+/// [`strip`] for H registers in a row of c: one where c has no more columns, and the other would hold zeros.
 ///
 /// # Safety
-/// R rows of a as long as b has rows, b's rows in the kernel's width, and R rows of c and before as wide as c must be
-/// there; the processor must have AVX-512.
+/// That of [`strip`], and c must have at most 16·H columns.
 #[target_feature(enable = "avx512f")]
-unsafe fn rows<const R: usize, const COPIED: bool>(
+unsafe fn lines<const H: usize>(alpha: f32, a: Left, b: Right, before: Before, c: Out<f32>) -> usize {
+    // SAFETY: the caller's.
+    unsafe {
+        match c.rows {
+            STRIP.. if (a.row, a.col) == (1, STRIP) => rows::<STRIP, H, true>(alpha, a, b, before, c),
+            STRIP.. => rows::<STRIP, H, false>(alpha, a, b, before, c),
+            8.. => rows::<8, H, false>(alpha, a, b, before, c),
+            6.. => rows::<6, H, false>(alpha, a, b, before, c),
+            4.. => rows::<4, H, false>(alpha, a, b, before, c),
+            3 => rows::<3, H, false>(alpha, a, b, before, c),
+            2 => rows::<2, H, false>(alpha, a, b, before, c),
+            _ => rows::<1, H, false>(alpha, a, b, before, c),
+        }
+    }
+}
+
+/// [`strip`] for R rows of H registers; COPIED if R numbers of a lie beside each other, and then the next: their places
+/// are constants then, and no arithmetic of addresses competes with the products for the processor's ports.
+///
+/// # Safety
+/// R rows of a as long as b has rows, b's rows in the kernel's width, and R rows of c and before as wide as c, which has
+/// at most 16·H columns, must be there; the processor must have AVX-512.
+#[target_feature(enable = "avx512f")]
+unsafe fn rows<const R: usize, const H: usize, const COPIED: bool>(
     alpha: f32,
     a: Left,
     b: Right,
     before: Before,
     c: Out<f32>,
 ) -> usize {
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut sums = [[_mm512_setzero_ps(); H]; R];
     let (mut from, mut line) = (a.data, b.data);
     let (row, col) = if COPIED { (1, R) } else { (a.row, a.col) };
     // What c is added to, or overwritten, is on its way while the products are summed.
@@ -65,16 +80,21 @@ unsafe fn rows<const R: usize, const COPIED: bool>(
     for _ in 0..b.rows {
         // With few rows the time goes into loads, and there is none for more.
         if R >= 6 {
-            prefetch(line.wrapping_add(AHEAD * b.row));
-            prefetch(line.wrapping_add(AHEAD * b.row + 16));
+            for h in 0..H {
+                prefetch(line.wrapping_add(AHEAD * b.row + 16 * h));
+            }
         }
         // SAFETY: the caller's.
         unsafe {
-            let (low, high) = (_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16)));
+            let mut of_b = [_mm512_setzero_ps(); H];
+            for (h, of_b) in of_b.iter_mut().enumerate() {
+                *of_b = _mm512_loadu_ps(line.add(16 * h));
+            }
             for (r, sum) in sums.iter_mut().enumerate() {
                 let x = _mm512_set1_ps(*from.add(r * row));
-                sum[0] = _mm512_fmadd_ps(x, low, sum[0]);
-                sum[1] = _mm512_fmadd_ps(x, high, sum[1]);
+                for h in 0..H {
+                    sum[h] = _mm512_fmadd_ps(x, of_b[h], sum[h]);
+                }
             }
             // After the last line nothing need be there.
             (from, line) = (from.wrapping_add(col), line.wrapping_add(b.row));
@@ -82,17 +102,17 @@ unsafe fn rows<const R: usize, const COPIED: bool>(
     }
     let (alpha, beta) = (_mm512_set1_ps(alpha), _mm512_set1_ps(before.beta));
     for (r, sum) in sums.iter().enumerate() {
-        for (half, &sum) in sum.iter().enumerate() {
-            let there = c.cols.saturating_sub(16 * half).min(16);
+        for (h, &sum) in sum.iter().enumerate() {
+            let there = c.cols.saturating_sub(16 * h).min(16);
             let there = ((1u32 << there) - 1) as __mmask16;
             let mut sum = _mm512_mul_ps(alpha, sum);
             // SAFETY: of rows of c.cols elements, those that are there.
             unsafe {
                 if before.beta != 0.0 {
-                    let before = before.data.add(r * before.row).wrapping_add(16 * half);
+                    let before = before.data.add(r * before.row).wrapping_add(16 * h);
                     sum = _mm512_fmadd_ps(beta, _mm512_maskz_loadu_ps(there, before), sum);
                 }
-                _mm512_mask_storeu_ps(c.data.add(r * c.row).wrapping_add(16 * half), there, sum);
+                _mm512_mask_storeu_ps(c.data.add(r * c.row).wrapping_add(16 * h), there, sum);
             }
         }
     }
