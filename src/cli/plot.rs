@@ -46,7 +46,8 @@ pub(crate) fn draw(
         Axis::Count => (1.0, points().map(|p| p.0).fold(2.0, f64::max)),
         Axis::Powers => points().fold((f64::MAX, f64::MIN), |(l, r), p| (l.min(p.0 - 0.1), r.max(p.0 + 0.1))),
     };
-    let power = |x: &f64| format!("{:.0e}", 10f64.powf(*x));
+    // Marks lie between whole powers too: at 2.5e-3, not at 3e-3.
+    let power = |x: &f64| format!("{:.1e}", 10f64.powf(*x));
     let (low, high) = points().map(|p| p.1).fold((f64::MAX, f64::MIN), |(l, h), y| (l.min(y), h.max(y)));
     let margin = (high - low).max(1e-6) * 0.05;
     let mut text = String::new();

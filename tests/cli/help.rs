@@ -32,7 +32,7 @@ fn a_folder_that_cannot_be_made_fails_at_once_in_one_line() {
 
 #[test]
 fn a_methods_process_refuses_what_is_no_base() {
-    let output = randlora(&["demo-method", "lora"]); // standard input is empty
+    let output = randlora(&["demo-method", "lora", "1"]); // standard input is empty
     assert_eq!(output.status.code(), Some(1));
     assert!(!output.stderr.is_empty());
 }

@@ -82,7 +82,7 @@ pub(super) const ATLAS: &str = "atlas";
 
 /// The seeds that each method is judged over.
 pub(super) const SEEDS: [u64; 3] = [0, 1, 2];
-/// The seed of the run that a learning rate is chosen by.
+/// The seed of the first run that a learning rate is chosen by; the others' follow.
 const CHOOSING_SEED: u64 = 100;
 pub(super) const EPOCHS: usize = 6;
 const BASE_EPOCHS: usize = 10;
@@ -281,12 +281,13 @@ impl Experiment {
         Ok(model)
     }
 
-    /// Chooses the learning rate on the validation split, then trains once for each seed.
+    /// Chooses the learning rate on the validation split, by the mean of so many trainings for each, then trains once
+    /// for each seed.
     pub(super) fn adapt(
         &self,
         base: &[f32],
         method: &Method,
-        learning_rates: &[f64],
+        (learning_rates, choosing): (&[f64], u64),
         on_step: &mut dyn FnMut(u64),
     ) -> Result<Outcome> {
         let vectors = if method.name == ATLAS { self.task_vectors(base, on_step)? } else { vec![] };
@@ -298,8 +299,12 @@ impl Experiment {
         };
         let mut tried = vec![];
         for &learning_rate in learning_rates {
-            let (_, run) = run(learning_rate, CHOOSING_SEED, on_step)?;
-            tried.push((learning_rate, run.validation.last().copied().unwrap_or(0.0)));
+            let mut sum = 0.0;
+            for i in 0..choosing {
+                let (_, run) = run(learning_rate, CHOOSING_SEED + i, on_step)?;
+                sum += run.validation.last().copied().unwrap_or(0.0);
+            }
+            tried.push((learning_rate, sum / choosing as f64));
         }
         let best = tried.iter().copied().reduce(|best, next| if next.1 > best.1 { next } else { best });
         let learning_rate = best.map_or(0.0, |(learning_rate, _)| learning_rate);

@@ -48,12 +48,16 @@ pub(crate) struct Args {
     /// The learning rates to choose from, with commas between, instead of each method's own.
     #[arg(long, value_name = "RATES", value_delimiter = ',', value_parser = rate)]
     lr: Vec<f64>,
+    /// How many trainings each learning rate is judged by.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10))]
+    choosing_seeds: u64,
 }
 
 /// Which method a process is for.
 #[derive(Debug, clap::Args)]
 pub(crate) struct MethodArgs {
     name: String,
+    choosing_seeds: u64,
     #[arg(value_parser = rate)]
     lr: Vec<f64>,
 }
@@ -65,7 +69,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
     let start = Instant::now();
     let experiment = Experiment::new();
-    let runs: usize = methods.iter().map(|m| m.rates(&args.lr).len() + SEEDS.len()).sum();
+    let tried = |m: &Method| m.rates(&args.lr).len() * args.choosing_seeds as usize;
+    let runs: usize = methods.iter().map(|m| tried(m) + SEEDS.len()).sum();
     let vectors = if methods.iter().any(|m| m.name == ATLAS) { experiment.vector_steps() } else { 0 };
     let progress = Progress::new(experiment.base_steps() + vectors + runs as u64 * experiment.steps());
 
@@ -74,7 +79,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (model, base, new_task) =
         one_thread.install(|| experiment.base(&mut |steps| progress.advance(steps)))?;
     let parameters = numbers(&model)?;
-    let methods = all_methods(&methods, &args.lr, &parameters, &progress)?;
+    let methods = all_methods(&methods, args, &parameters, &progress)?;
     progress.finish();
 
     let results = json!({
@@ -92,6 +97,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let written = [
         plot::losses(&results, &args.out.join("loss.svg"))?,
         plot::accuracies(&results, &args.out.join("accuracy.svg"))?,
+        plot::rates(&results, &args.out.join("rates.svg"))?,
         report::write(&results, &args.out.join("demo.json"))?,
     ];
     eprintln!("written: {}", written.map(|path| path.display().to_string()).join(", "));
@@ -109,7 +115,7 @@ fn known(name: &str) -> Result<Method, Failure> {
 /// leaves a second thread little to do, so each process has one.
 fn all_methods(
     methods: &[Method],
-    rates: &[f64],
+    args: &Args,
     base: &[f32],
     progress: &Progress,
 ) -> Result<Vec<Value>, Failure> {
@@ -121,7 +127,7 @@ fn all_methods(
             let next = waiting.lock().map_err(|e| e.to_string())?.next();
             let Some((i, method)) = next else { return Ok(()) };
             progress.stage(&format!("adapting it to mirrored negatives: {}", method.name));
-            let outcome = in_own_process(method, rates, base, progress).map_err(|e| e.to_string())?;
+            let outcome = in_own_process(method, args, base, progress).map_err(|e| e.to_string())?;
             outcomes.lock().map_err(|e| e.to_string())?[i] = Some(outcome);
         }
     };
@@ -134,15 +140,10 @@ fn all_methods(
 }
 
 /// Runs this program again for one method and collects what it reports.
-fn in_own_process(
-    method: &Method,
-    rates: &[f64],
-    base: &[f32],
-    progress: &Progress,
-) -> Result<Value, Failure> {
+fn in_own_process(method: &Method, args: &Args, base: &[f32], progress: &Progress) -> Result<Value, Failure> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["demo-method", method.name])
-        .args(rates.iter().map(f64::to_string))
+        .args(["demo-method", method.name, &args.choosing_seeds.to_string()])
+        .args(args.lr.iter().map(f64::to_string))
         .env("RAYON_NUM_THREADS", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -177,7 +178,8 @@ pub(crate) fn run_method(args: &MethodArgs) -> Result<(), Failure> {
         bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let experiment = Experiment::new();
     let mut waiting = 0;
-    let outcome = experiment.adapt(&base, &method, method.rates(&args.lr), &mut |steps| {
+    let choosing = (method.rates(&args.lr), args.choosing_seeds);
+    let outcome = experiment.adapt(&base, &method, choosing, &mut |steps| {
         waiting += steps;
         if waiting >= 20 {
             // What cannot be said now cannot be said at the end either, and is an error there.

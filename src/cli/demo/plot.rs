@@ -48,3 +48,36 @@ pub(super) fn accuracies(results: &Value, path: &Path) -> Result<PathBuf, Failur
         &curves,
     )
 }
+
+/// A method's accuracy in % at each learning rate's power of ten, in rising order.
+fn over_rates(method: &Value) -> Curve {
+    let number = |tried: &Value, field: &str| tried[field].as_f64().unwrap_or(f64::NAN);
+    let point = |tried: &Value| {
+        (number(tried, "learning_rate").log10(), 100.0 * number(tried, "validation_accuracy"))
+    };
+    let mut points: Vec<_> = method["tried"].as_array().into_iter().flatten().map(point).collect();
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    Curve { name: method["method"].as_str().unwrap_or_default().into(), points }
+}
+
+/// Accuracy over the learning rates that were tried.
+pub(super) fn rates(results: &Value, path: &Path) -> Result<PathBuf, Failure> {
+    let curves: Vec<Curve> = results["methods"].as_array().into_iter().flatten().map(over_rates).collect();
+    draw(path, "accuracy on the validation split", ("learning rate", "% right"), Axis::Powers, &curves)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rates_rise_whatever_their_order() {
+        let tried =
+            |rate: f64, accuracy: f64| json!({ "learning_rate": rate, "validation_accuracy": accuracy });
+        let method = json!({ "method": "lora", "tried": [tried(0.1, 0.25), tried(1e-3, 0.5)] });
+        let curve = over_rates(&method);
+        assert_eq!((curve.name.as_str(), &curve.points[..]), ("lora", &[(-3.0, 50.0), (-1.0, 25.0)][..]));
+    }
+}
