@@ -10,7 +10,6 @@ mod chacha;
 
 /// The words `from..from + out.len()` of stream `stream` under the key made of `seed`.
 pub(crate) fn words(seed: u64, stream: u64, from: u64, out: &mut [u32]) {
-    let mut made = [0; chacha::WORDS];
     let (mut block, mut skipped) = (from / chacha::BLOCK as u64, (from % chacha::BLOCK as u64) as usize);
     let mut rest = out;
     while !rest.is_empty() {
@@ -19,6 +18,7 @@ pub(crate) fn words(seed: u64, stream: u64, from: u64, out: &mut [u32]) {
             // Where all are wanted they are made in place, without a copy.
             Ok(now) => chacha::blocks(seed, stream, block, now),
             Err(_) => {
+                let mut made = [0; chacha::WORDS];
                 chacha::blocks(seed, stream, block, &mut made);
                 now.copy_from_slice(&made[skipped..][..now.len()]);
             }

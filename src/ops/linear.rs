@@ -8,7 +8,7 @@ use crate::dtype::{BF16, DType, F16};
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::opencl;
-use crate::ops::matmul::matrix;
+use crate::ops::matmul::view;
 use crate::shape::{Layout, Shape};
 use crate::storage::Stored;
 use crate::tensor::Tensor;
@@ -37,13 +37,9 @@ impl Op for Linear {
         }
         let y = dispatch!("linear", x.dtype(), T => {
             let mut y = x.device().host().buffer::<T>(shape.numel())?;
-            let x = matrix(rows.host::<T>()?, rows.layout(), rows.layout().offset());
+            let x = view::<T>(&rows)?;
             let bias = bias.map(|bias| compute::contiguous(bias)).transpose()?;
-            let onto = match &bias {
-                Some(bias) => Onto::Row(bias.elements::<T>()?),
-                None => Onto::NOTHING,
-            };
-            frozen_forward(x, w, MatMut::new(&mut y, x.rows, outputs), onto)?;
+            frozen_forward(x, w, MatMut::new(&mut y, x.rows, outputs), onto_bias(bias.as_ref())?)?;
             Ok(Tensor::from_buffer(y, shape, rows.device()))
         })?;
         Ok((y, vec![]))
@@ -69,7 +65,7 @@ impl Op for Linear {
         let dx = || {
             dispatch!("linear", dy.dtype(), T => {
                 let mut dx = dy.device().host().buffer::<T>(x.numel())?;
-                let dy = matrix(dy_rows.host::<T>()?, dy_rows.layout(), dy_rows.layout().offset());
+                let dy = view::<T>(&dy_rows)?;
                 frozen_backward(dy, w, MatMut::new(&mut dx, dy.rows, w.dims()[1]), T::ZERO)?;
                 Ok(Tensor::from_buffer(dx, *x.shape(), x.device()))
             })
@@ -89,8 +85,21 @@ impl Op for Linear {
 
     /// The weight may be narrow: it is widened as it is read.
     fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
-        x[1].dtype() != DType::F64 && x.iter().enumerate().all(|(i, x)| i == 1 || x.dtype() == DType::F32)
+        has_cl_kernel(x)
     }
+}
+
+/// Whether a layer with the weight as its second input, which may be narrow, has a kernel on OpenCL devices.
+pub(super) fn has_cl_kernel(x: &[&Tensor]) -> bool {
+    x[1].dtype() != DType::F64 && x.iter().enumerate().all(|(i, x)| i == 1 || x.dtype() == DType::F32)
+}
+
+/// What a layer's output is put onto: its bias, whose numbers lie one after another.
+pub(super) fn onto_bias<T: Float>(bias: Option<&Tensor>) -> Result<Onto<'_, T>> {
+    Ok(match bias {
+        Some(bias) => Onto::Row(bias.elements::<T>()?),
+        None => Onto::NOTHING,
+    })
 }
 
 /// x·Wᵀ + b for rows on an OpenCL device and a weight of any stored type but f64.
@@ -122,9 +131,7 @@ pub(crate) fn cl_product(alpha: f64, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub(super) fn weight_gradient<T: Float>(dy: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let mut dw = w.device().host().buffer::<T>(w.numel())?;
     let to = MatMut::new(&mut dw, w.dims()[0], w.dims()[1]);
-    let dy = matrix(dy.host::<T>()?, dy.layout(), dy.layout().offset());
-    let x = matrix(x.host()?, x.layout(), x.layout().offset());
-    T::layer_gemm(w.device().host(), T::ONE, dy.t(), x, Onto::NOTHING, to)?;
+    T::layer_gemm(w.device().host(), T::ONE, view::<T>(dy)?.t(), view(x)?, Onto::NOTHING, to)?;
     Ok(Tensor::from_buffer(dw, *w.shape(), w.device()))
 }
 
@@ -195,7 +202,7 @@ const PANEL: usize = 256 * 1024;
 /// a few rows at a time, widened into one scratch buffer. A matrix without rows is one empty panel.
 fn panels<T: Float>(w: &Tensor, mut f: impl FnMut(usize, Mat<'_, T>) -> Result<()>) -> Result<()> {
     if w.dtype() == T::DTYPE {
-        return f(0, matrix(w.host()?, w.layout(), w.layout().offset()));
+        return f(0, view(w)?);
     }
     let (rows, cols) = (w.dims()[0], w.dims()[1]);
     let at_once = (PANEL / cols.max(1)).max(16).min(rows);
@@ -267,6 +274,13 @@ impl Tensor {
     }
 }
 
+/// The same numbers as any stored type's.
+#[cfg(test)]
+pub(super) fn as_naive(w: &Tensor) -> crate::cpu::naive::Naive {
+    let data = w.to_dtype(DType::F64).and_then(|w| w.to_vec()).expect("f64");
+    crate::cpu::naive::Naive { dims: w.dims().to_vec(), data }
+}
+
 /// A made-up weight of this stored type.
 #[cfg(test)]
 pub(super) fn stored(rows: usize, cols: usize, dtype: DType) -> Tensor {
@@ -298,9 +312,7 @@ pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
             x[0].linear(&weight, Some(x[1]))
         };
         Case::new(name, &["t n", "5"], run, move |x| {
-            let w = stored(5, x[0].dims[1], dtype);
-            let data = w.to_dtype(DType::F64).and_then(|w| w.to_vec()).expect("f64");
-            naive(&[x[0].clone(), Naive { dims: w.dims().to_vec(), data }, x[1].clone()])
+            naive(&[x[0].clone(), as_naive(&stored(5, x[0].dims[1], dtype)), x[1].clone()])
         })
     };
     vec![

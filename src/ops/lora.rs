@@ -4,12 +4,13 @@
 use crate::compute;
 use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::{Float, dispatch};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::opencl;
-use crate::ops::linear::{self, cl_affine, cl_product, frozen_backward, frozen_forward, weight_gradient};
-use crate::ops::matmul::matrix;
+use crate::ops::linear::{
+    self, cl_affine, cl_product, frozen_backward, frozen_forward, has_cl_kernel, onto_bias, weight_gradient,
+};
+use crate::ops::matmul::view;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 
@@ -78,7 +79,7 @@ impl Op for Lora {
 
     /// The weight may be narrow: it is widened as it is read.
     fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
-        x[W].dtype() != DType::F64 && x.iter().enumerate().all(|(i, x)| i == W || x.dtype() == DType::F32)
+        has_cl_kernel(x)
     }
 }
 
@@ -89,10 +90,7 @@ impl Lora {
         let [t, outputs, rank] = [rows, x[W], x[A]].map(|x| x.dims()[0]);
         let (tokens, a, b) = (view::<T>(rows)?, view::<T>(x[A])?, view::<T>(x[B])?);
         let bias = x.get(BIAS).map(|bias| compute::contiguous(bias)).transpose()?;
-        let onto = match &bias {
-            Some(bias) => Onto::Row(bias.elements::<T>()?),
-            None => Onto::NOTHING,
-        };
+        let onto = onto_bias(bias.as_ref())?;
         let (mut h, mut y) = (host.buffer::<T>(t * rank)?, host.buffer::<T>(t * outputs)?);
         T::layer_gemm(host, T::ONE, tokens, a.t(), Onto::NOTHING, MatMut::new(&mut h, t, rank))?;
         self.times_scale(&mut h);
@@ -186,11 +184,6 @@ fn dx<T: Float>(x: &[&Tensor], dy: &Tensor, z: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_buffer(dx, *x[X].shape(), dy.device()))
 }
 
-/// The matrix that a tensor of two dimensions is.
-fn view<T: Float>(x: &Tensor) -> Result<Mat<'_, T>> {
-    Ok(matrix(x.host()?, x.layout(), x.layout().offset()))
-}
-
 /// The number of outputs, if all fits together.
 fn check(x: &[&Tensor]) -> Result<usize> {
     let outputs = linear::check("lora", x[X], x[W], x.get(BIAS).copied())?;
@@ -257,9 +250,10 @@ pub fn lora_linear(
 
 #[cfg(test)]
 pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
+    use crate::DType;
     use crate::cpu::naive::Naive;
     use crate::ops::cases::Case;
-    use crate::ops::linear::stored;
+    use crate::ops::linear::{as_naive, stored};
     let naive = |scale: f64, x: &[Naive]| {
         let (w, a, b) = (&x[W], &x[A], &x[B]);
         let mut dims = x[X].dims.clone();
@@ -282,9 +276,7 @@ pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
             lora_linear(x[0], &weight, Some(x[3]), [x[1], x[2]], 0.5)
         };
         Case::new(name, &["t n", "r n", "5 r", "5"], run, move |x| {
-            let w = stored(5, x[0].dims[1], dtype);
-            let data = w.to_dtype(DType::F64).and_then(|w| w.to_vec()).expect("f64");
-            let w = Naive { dims: w.dims().to_vec(), data };
+            let w = as_naive(&stored(5, x[0].dims[1], dtype));
             naive(0.5, &[x[0].clone(), w, x[1].clone(), x[2].clone(), x[3].clone()])
         })
     };
@@ -300,7 +292,7 @@ pub(crate) fn cases() -> Vec<crate::ops::cases::Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Device;
+    use crate::{DType, Device};
 
     fn made(dims: &[usize], seed: u64, dtype: DType) -> Result<Tensor> {
         let mut words = vec![0; dims.iter().product()];

@@ -138,6 +138,11 @@ pub(crate) fn matrix<'a, T>(data: &'a [T], layout: &Layout, start: usize) -> Mat
     Mat { data, rows, cols, row: layout.strides()[rank - 2], col: layout.strides()[rank - 1] }
 }
 
+/// The matrix that a tensor of two dimensions is.
+pub(crate) fn view<T: Float>(x: &Tensor) -> Result<Mat<'_, T>> {
+    Ok(matrix(x.host()?, x.layout(), x.layout().offset()))
+}
+
 impl Tensor {
     /// The product of the matrices in the last two dimensions: (…, m, k)·(…, k, n) = (…, m, n), the
     /// dimensions before them broadcast. Any strides: a transposed view costs nothing.

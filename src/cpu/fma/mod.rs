@@ -357,6 +357,8 @@ impl Panels<'_> {
                     next: 0,
                 },
             };
+            // Once: for the panels after the first the rows are in the cache.
+            let far = a.cols <= SHORT && a.col == 1;
             for column in columns.clone().step_by(wide) {
                 let panel = self.panel(start..start + a.cols, column);
                 // SAFETY: these elements of c are among those that the caller vouches for.
@@ -370,17 +372,17 @@ impl Panels<'_> {
                     _ => itself(1.0),
                 };
                 // SAFETY: as above, and as many rows of a and of what c is put onto; the panel is whole.
-                unsafe { self.strips(alpha, left, panel, before, c) }
+                unsafe { self.strips(alpha, left, panel, before, c, far && column == columns.start) }
             }
         }
     }
 
-    /// c ← alpha·a·panel + before, strip by strip.
+    /// c ← alpha·a·panel + before, strip by strip; `ahead` if rows of a that come later are to be asked for.
     ///
     /// # Safety
     /// As many rows of a as long as the panel, and of `before` as wide as c, must be there, and the panel's rows in
     /// the kernel's width; the processor must have what the kernel needs.
-    unsafe fn strips(&self, alpha: f32, a: Strips, panel: Right, before: Before, c: Out<f32>) {
+    unsafe fn strips(&self, alpha: f32, a: Strips, panel: Right, before: Before, c: Out<f32>, ahead: bool) {
         let mut row = 0;
         while row < c.rows {
             // SAFETY: what is left of the caller's rows.
@@ -391,8 +393,7 @@ impl Panels<'_> {
                 };
                 let before = Before { data: before.data.add(row * before.row), ..before };
                 let done = (self.kernel.strip)(alpha, a, panel, before, c.tile(row, 0, c.rows - row, c.cols));
-                // For every panel alike: with so few terms there are few panels, and asking again costs little.
-                if panel.rows <= SHORT && a.col == 1 {
+                if ahead {
                     for i in 2 * done..3 * done {
                         prefetch_row(a.data.wrapping_add(i * a.row), panel.rows);
                     }

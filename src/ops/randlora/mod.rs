@@ -32,11 +32,10 @@ use crate::compute;
 use crate::cpu::gemm::{Mat, MatMut, Onto};
 use crate::cpu::{Float, dispatch, reduce};
 use crate::device::CpuDevice;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::grad::{Op, Saves, apply};
 use crate::ops::dropout::{DropoutKey, check_rate, mask_in_place};
-use crate::ops::linear::{frozen_backward, frozen_forward};
+use crate::ops::linear::{frozen_backward, frozen_forward, has_cl_kernel, onto_bias};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 use bases::B;
@@ -196,7 +195,7 @@ impl Op for RandLora {
 
     /// The weight may be narrow: it is widened a panel at a time.
     fn runs_on_opencl(&self, x: &[&Tensor]) -> bool {
-        x[1].dtype() != DType::F64 && x.iter().enumerate().all(|(i, x)| i == 1 || x.dtype() == DType::F32)
+        has_cl_kernel(x)
     }
 }
 
@@ -234,10 +233,7 @@ impl RandLora {
         let mut y = host.buffer::<T>(tokens * outputs)?;
         let mut h = host.buffer::<T>(if plan.keep_h { tokens * self.sizes.columns() } else { 0 })?;
         let bias = x.get(4).map(|bias| compute::contiguous(bias)).transpose()?;
-        let mut onto = match &bias {
-            Some(bias) => Onto::Row(bias.elements::<T>()?),
-            None => Onto::NOTHING,
-        };
+        let mut onto = onto_bias(bias.as_ref())?;
         // One product for both where the panel holds W0 + ΔW and both see the same x.
         let fused = plan.forward == Way::Panel && self.dropout.is_none();
         if !fused {
